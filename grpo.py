@@ -1,0 +1,269 @@
+"""GRPO for flow-matching image models (Flow-GRPO, arXiv 2505.05470), the step-level baseline.
+
+    python grpo.py                                  # miniature model, two CPU cores, minutes
+    python grpo.py --model sd3 --reward jpeg-compressibility
+    python grpo.py --resume runs/<run>              # continue an interrupted run
+
+Sampling turns the flow's ODE into an SDE, so every step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I) and has a
+likelihood. G images a prompt form a group, and with the group-normalized reward A as the advantage of every step
+
+    ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k)
+    loss    = mean over trajectories and trained steps k of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
+
+(Flow-GRPO eqs. 4-6 and 9). Log-probabilities are means, not sums, over the latent's dimensions, in float32.
+"""
+
+import math
+import signal
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import rewards
+import sampler
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
+    reward: str = "shapes"
+    """what images are rewarded for, a name in rewards.REWARDS"""
+    iterations: int = 60
+    """rollouts, each followed by --updates optimizer steps"""
+    prompts: int = 16
+    """P: prompts an iteration"""
+    group_size: int = 16
+    """G: images a prompt, from the same initial noise"""
+    steps: int = 8
+    """T: denoising steps; all but the last are stochastic and trainable"""
+    eta: float = 0.8
+    """strength of the noise that sampling adds"""
+    sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
+    """transition kernel, see sampler.sde_step"""
+    guidance: float = 1.0
+    """classifier-free guidance scale; at most 1 is without"""
+    lr: float = 4e-4
+    """learning rate of AdamW"""
+    clip: float = 1e-4
+    """eps: how far a ratio may leave 1"""
+    beta: float = 0.0
+    """weight of the KL to the model without LoRA; at 0 it is not computed"""
+    updates: int = 4
+    """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
+    global_std: bool = False
+    """divide by the std of all rewards of the iteration instead of the group's"""
+    step_fraction: float = 1.0
+    """share of a trajectory's stochastic steps that is trained, drawn afresh each iteration"""
+    rank: int = 32
+    """rank of the LoRA; its alpha is twice that"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 0
+    """seed of everything; on CPU the same seed gives the same bytes"""
+    output_dir: str = ""
+    """folder of the run; empty: runs/<script>__<model>__<reward>__<seed>__<time>"""
+    resume: str = ""
+    """folder of an interrupted run to continue"""
+    eval_every: int = 10
+    """iterations between evaluations on the held-out prompts"""
+    eval_steps: int = 8
+    """denoising steps of an evaluation, deterministic"""
+    eval_images: int = 288
+    """images of an evaluation"""
+    save_every: int = 10
+    """iterations between saves of the state"""
+    resolution: int = 0
+    """height and width of the images; 0 is the model's own"""
+    text_length: int = 1
+    """rows that T5 adds to a prompt (zeros in a model without T5)"""
+    micro_batch: int = 128
+    """latents that go through the model at a time"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    compile: bool = True
+    """compile the log-probability"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+def group_advantages(rewards, group_size, global_std=False):
+    """Advantages (B,) of group-major rewards (B,): (r - mean of its group) / (std + 1e-4), clamped to ±5.
+
+    The std is the group's, or with `global_std` that of all B rewards. A group without spread gets 0. Flow-GRPO eq. 4.
+    """
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    std = groups.std() if global_std else groups.std(1, keepdim=True)
+    has_spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
+    return (centred / (std + 1e-4) * has_spread).clamp(-5, 5).flatten()
+
+
+def log_prob(x_next, mean, std):
+    """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
+    z = (x_next - mean) / std
+    return (-0.5 * (z * z + math.log(2 * math.pi)) - torch.log(std)).flatten(1).mean(1)
+
+
+@torch.compile(dynamic=True)
+def transition_log_prob(v, x, x_next, sigma, sigma_next, sigma_max, eta, sde):
+    """Log-probability (B,) of the transition from x to x_next (B, ...) at velocity v: one fused pass over the latents."""
+    mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
+    return log_prob(x_next, mean, std)
+
+
+def clipped_loss(ratio, advantages, clip):
+    """max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)), elementwise."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+if __name__ == "__main__":
+    args = sampler.parse_args(Args, __doc__)
+    run_dir, pipe = sampler.start_run(args, "grpo")
+    stop_requested = []  # Ctrl-C finishes the iteration, saves and leaves; a second one leaves at once
+    signal.signal(signal.SIGINT, lambda *_: stop_requested.append(1) if not stop_requested else signal.default_int_handler())
+
+    # Optimizer, prompts, noise schedule
+    parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    reward_function = rewards.REWARDS[args.reward]
+    train_prompts, _ = rewards.prompt_set(args.reward, args.model)
+    sigmas = sampler.schedule(pipe, args.steps, args.device)
+    sigma_max = sigmas[1].item()
+    S, G, B = args.steps - 1, args.group_size, args.prompts * args.group_size
+    shape = sampler.latent_shape(pipe, args.resolution)
+    kernel = (sigma_max, args.eta, args.sde)
+
+    # The base model's score, or where an interrupted run stopped
+    writer = SummaryWriter(run_dir)
+    first, best_score, seconds = 0, -math.inf, 0.0
+    if args.resume:
+        state = sampler.load_state(run_dir / "state.pt", pipe, optimizer)
+        first, best_score, seconds = state["iteration"], state["best_score"], state["seconds"]
+        base_score, base_categories = state["base_score"], state["base_categories"]
+    else:
+        writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+        base_score, base_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+        writer.add_scalar("charts/held_out_score", base_score, 0)
+        writer.add_image("held_out", sampler.save_grid(images, run_dir / "before.png"), 0, dataformats="HWC")
+        print(f"base model: held-out score {base_score:.3f}")
+
+    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True)
+    for iteration in bar:
+        clock, stats = [time.monotonic()], defaultdict(list)
+        rng = np.random.default_rng((args.seed, iteration))
+        prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)
+        text = sampler.encode(pipe, prompts, args)
+        group = torch.arange(args.prompts, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
+
+        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
+        trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+        log_prob_old = torch.empty(B, S, device=args.device)
+        final = torch.empty(B, *shape, device=args.device)  # x_T
+        noises = [sampler.group_noise(args, iteration, p, shape) for p in range(args.prompts)]
+        trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
+        noise = torch.cat([steps for _, steps in noises])  # (B, S, C, H, W)
+        with torch.no_grad():
+            for rows in torch.arange(B, device=args.device).split(args.micro_batch):
+                for k in range(S + 1):
+                    x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
+                    v = sampler.velocity(pipe, x, sigma, text[group[rows]], args)
+                    if k == S:
+                        final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
+                        break
+                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
+                    x_next = mean + std * noise[rows.cpu(), k].to(args.device)
+                    trajectory[rows, k + 1] = x_next
+                    log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+        clock.append(time.monotonic())
+
+        # Reward and advantage
+        images = sampler.decode(pipe, final, args.micro_batch)
+        prompt_of = [prompts[p] for p in group.tolist()]
+        scores = reward_function.score(images, prompt_of).float()
+        if not scores.isfinite().all():
+            raise SystemExit(f"iteration {iteration}: reward {args.reward} is not finite; the last good state is kept in {run_dir}")
+        advantages = group_advantages(scores, G, args.global_std).to(args.device)
+        kept = advantages.view(-1, G).any(1)[group.view(-1, G)[:, 0]].repeat_interleave(G).nonzero().flatten().cpu().numpy()
+        clock.append(time.monotonic())
+
+        # Optimize: the (trajectory, step) pairs to train, in --updates parts
+        for part in np.array_split(rng.permutation(kept), args.updates):
+            trained = math.ceil(args.step_fraction * S)
+            pairs = [(b, k) for b in part for k in sorted(rng.permutation(S)[:trained])]
+            for micro in torch.tensor(pairs, device=args.device).split(args.micro_batch) if pairs else ():
+                b, k = micro.T
+                x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
+                v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+                ratio = torch.exp(log_prob_new - log_prob_old[b, k])
+                loss = clipped_loss(ratio, advantages[b], args.clip).sum() / len(pairs)
+                if args.beta > 0:
+                    with torch.no_grad(), sampler.adapter_off(pipe):
+                        v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
+                    mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
+                    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                    loss = loss + args.beta * kl.sum() / len(pairs)
+                    stats["losses/kl"].append(kl.detach())
+                loss.backward()
+                stats["losses/ratio"].append(ratio.detach())
+                stats["losses/clip_fraction"].append(((ratio.detach() - 1).abs() > args.clip).float())
+                stats["losses/policy"].append(loss.detach()[None] * len(pairs) / len(micro))
+            if pairs:
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                if not norm.isfinite():
+                    raise SystemExit(f"iteration {iteration}: the gradient is not finite; the last good state is kept in {run_dir}")
+                stats["losses/grad_norm"].append(norm[None])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        clock.append(time.monotonic())
+
+        # Log, evaluate, save
+        scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
+        scalars["charts/reward"] = scores.mean().item()
+        scalars["charts/groups_with_spread"] = len(kept) / B
+        scalars["charts/learning_rate"] = args.lr
+        for name, start, end in zip(("sample", "reward", "train"), clock, clock[1:]):
+            scalars[f"time/{name}"] = end - start
+        seconds += clock[-1] - clock[0]
+        scalars["charts/images_per_second"] = B / (clock[-1] - clock[0])
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration + 1)
+        bar.set_postfix(reward=f"{scores.mean():.3f}", held_out=f"{max(best_score, base_score):.3f}")
+        finished = iteration + 1 == args.iterations
+        if (iteration + 1) % args.eval_every == 0 or finished:
+            final_score, final_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+            writer.add_scalar("charts/held_out_score", final_score, iteration + 1)
+            writer.add_image("held_out", sampler.save_grid(images, run_dir / "after.png"), iteration + 1, dataformats="HWC")
+            best_score = max(best_score, final_score)
+            bar.write(f"iteration {iteration + 1}: held-out score {final_score:.3f}, reward {scores.mean():.3f}")
+        if (iteration + 1) % args.save_every == 0 or finished or stop_requested:
+            rest = dict(iteration=iteration + 1, best_score=best_score, seconds=seconds)
+            rest |= dict(base_score=base_score, base_categories=base_categories)
+            sampler.save_state(run_dir / "state.pt", pipe, optimizer, **rest)
+            sampler.save_lora(pipe, run_dir)
+        if stop_requested and not finished:
+            raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
+
+    # What came of it
+    writer.close()
+    result = dict(algorithm="grpo", model=args.model, reward=args.reward, seed=args.seed, iterations=args.iterations)
+    result |= dict(base_score=base_score, final_score=final_score, best_score=best_score)
+    result |= dict(base_categories=base_categories, final_categories=final_categories)
+    result |= dict(seconds=seconds, train_images=B * args.iterations, peak_memory_mb=sampler.peak_memory_mb(args.device))
+    sampler.write_json(run_dir / "result.json", result)
+    for name in (*base_categories, "mean"):
+        pair = (base_score, final_score) if name == "mean" else (base_categories[name], final_categories[name])
+        print(f"{name:20} {pair[0]:7.3f} -> {pair[1]:7.3f}")
+    print(f"{seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
+    print(f"look: tensorboard --logdir {run_dir.parent}, {run_dir}/before.png, after.png; diffusers: pipe.load_lora_weights('{run_dir}')")

@@ -1,0 +1,411 @@
+"""What no algorithm changes: loading a pipeline, text, velocity, noise schedule, SDE step, decoding, evaluation, saving.
+
+Notation, as in the algorithm scripts: noise levels sigmas[0] = 1 > ... > sigmas[T] = 0. Transition k moves x_k at
+sigma = sigmas[k] to x_{k+1} at sigma_next = sigmas[k + 1]. Papers count the other way: their x_T is our x_0 index.
+Latents are (B, C, H, W), scaled as the transformer sees them; images are (B, 3, H, W) in [0, 1].
+"""
+
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns at import that torchvision is missing
+import diffusers
+import numpy as np
+import torch
+import transformers
+import tyro
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import make_image_grid
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import rewards
+
+MODELS = {
+    "tiny": str(Path(__file__).parent / "tiny-sd3"),
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+}
+# The defaults in each script's Args are for the miniature. Everything else starts from Flow-GRPO's settings for
+# SD3.5-medium (https://arxiv.org/abs/2505.05470); a flag given on the command line always wins.
+PRESETS = {
+    "tiny": {},
+    "other": dict(
+        reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, eta=0.7, guidance=4.5, lr=3e-4, clip=1e-4,
+        beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40, eval_images=64, gradient_checkpointing=True,
+    ),
+}  # fmt: skip
+LORA_TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+SDES = ("flow", "dance", "cps", "ddim")
+
+
+def fail(message):
+    """Bad input: one sentence on stderr, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(Args, description):
+    """The command line over the model's preset over the defaults of `Args`, checked."""
+    argv = sys.argv[1:]
+    if "--resume" not in argv or "--help" in argv:
+        model = tyro.cli(Args, description=description).model
+        preset = PRESETS.get(model, PRESETS["other"])
+        known = {name: value for name, value in preset.items() if name in Args.__dataclass_fields__}
+        args = tyro.cli(Args, description=description, default=Args(**known))
+    else:  # a run is resumed with the arguments it was started with; those given now win
+        folder = Path(tyro.cli(Args, description=description).resume)
+        try:
+            saved = json.loads((folder / "args.json").read_text())
+            script = saved.pop("script")
+            args = Args(**{**saved, "resume": str(folder)})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            fail(f"--resume {folder} is not the folder of a run: it has no readable args.json of this script")
+        if script != Path(sys.argv[0]).stem:
+            fail(f"--resume {folder} was written by {script}.py; resume it with that script")
+        args = tyro.cli(Args, description=description, default=args)
+        args.output_dir = str(folder)
+    check(args)
+    return args
+
+
+def check(args):
+    """Answers bad values with one sentence, before anything slow starts."""
+    if args.reward not in rewards.REWARDS:
+        fail(f"--reward {args.reward} is unknown; choose one of {', '.join(rewards.REWARDS)}")
+    if args.model not in MODELS and not Path(args.model).is_dir() and args.model.count("/") != 1:
+        fail(f"--model {args.model} is neither {', '.join(MODELS)} nor a folder nor a hub id like owner/name")
+    if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
+        fail(f"--model {args.model} has no model_index.json, so it is not a pipeline saved by diffusers")
+    if args.group_size < 2:
+        fail(f"--group-size {args.group_size} leaves nothing to compare within a group; it must be at least 2")
+    if args.steps < 2:
+        fail(f"--steps {args.steps} leaves no step to train, since the last one is deterministic; it must be at least 2")
+    for name in ("iterations", "prompts", "updates", "micro_batch", "rank", "eval_every", "eval_images", "eval_steps", "save_every"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name in ("lr", "clip", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be a positive number")
+    for name in ("beta", "guidance"):
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name} {getattr(args, name)} must be a number from 0 up")
+    for name in ("step_fraction", "chunk_fraction"):
+        if not 0 < getattr(args, name, 1.0) <= 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0 and at most 1")
+    limit = 1.0 if args.sde in ("cps", "ddim") else math.inf
+    if not 0 < args.eta <= limit:
+        fail(f"--eta {args.eta} must be above 0{' and at most 1' if limit == 1 else ''} for --sde {args.sde}")
+    if args.updates > args.prompts * args.group_size:
+        fail(f"--updates {args.updates} is more than the {args.prompts * args.group_size} images of an iteration")
+    try:
+        torch.empty(0, device="cpu" if args.device == "auto" else args.device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device} is not available; use auto, cpu or cuda")
+    if not args.resume and args.output_dir and Path(args.output_dir).exists():
+        if not Path(args.output_dir).is_dir() or any(Path(args.output_dir).iterdir()):
+            fail(f"--output-dir {args.output_dir} already holds files; name a new folder, or continue the run with --resume")
+
+
+def start_run(args, script):
+    """Resolves what args leaves open, makes the run's folder with args.json in it and loads the pipeline.
+
+    Returns (folder, pipeline with a fresh LoRA). A folder that cannot be written or weights that cannot be loaded end
+    the program before anything is lost.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    if not args.output_dir:
+        name = Path(args.model).name
+        args.output_dir = f"runs/{script}__{name}__{args.reward}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        # bfloat16 only where the processor multiplies it natively; elsewhere it is emulated and slower than float32.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else native
+        args.dtype = "bfloat16" if fast else "float32"
+    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same")
+        args.compile = False
+    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    torch.manual_seed(args.seed)
+    print(f"{script}: " + ", ".join(f"{name} {value}" for name, value in asdict(args).items() if value not in (None, "")))
+    run_dir = Path(args.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(run_dir / "args.json") as temporary:
+            temporary.touch()
+            pipe = load_pipeline(args)
+            temporary.write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
+    except OSError as error:
+        fail(f"--output-dir {run_dir} cannot be written: {error.strerror}")
+    return run_dir, pipe
+
+
+def load_pipeline(args):
+    """The pipeline with a fresh LoRA on its transformer: frozen weights in args.dtype, LoRA weights in float32."""
+    dtype = getattr(torch, args.dtype)
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(MODELS.get(args.model, args.model), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        name = MODELS.get(args.model, args.model)
+        if Path(name).is_dir():
+            fail(f"the pipeline in {name} could not be loaded: {error}")
+        fail(
+            f"the weights of {name} are neither on disk nor to be had ({type(error).__name__}); accept their licence on "
+            f"https://huggingface.co/{name} and run `hf auth login`, or take --model tiny, which needs no download"
+        )
+    for module in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if module is not None:
+            module.requires_grad_(False)
+    pipe.transformer.to(dtype)
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    pipe.transformer.add_adapter(lora)
+    cast_training_params(pipe.transformer, torch.float32)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    pipe.transformer.to(args.device)
+    pipe.vae.to(args.device)
+    return pipe
+
+
+def latent_shape(pipe, resolution=0):
+    """(C, H, W) of the latents of one image; resolution 0 is the model's own."""
+    size = resolution // pipe.vae_scale_factor if resolution else pipe.transformer.config.sample_size
+    return pipe.transformer.config.in_channels, size, size
+
+
+class Text(NamedTuple):
+    """Encoded prompts, a row each, and the empty prompt that guidance contrasts them with."""
+
+    embeds: torch.Tensor  # (P, L, D)
+    pooled: torch.Tensor  # (P, E)
+    empty_embeds: torch.Tensor  # (1, L, D)
+    empty_pooled: torch.Tensor  # (1, E)
+
+    def __getitem__(self, rows):
+        return Text(self.embeds[rows], self.pooled[rows], self.empty_embeds, self.empty_pooled)
+
+
+_encoded = {}  # prompt -> (embeds (L, D), pooled (E,)), on the CPU
+
+
+@torch.no_grad()
+def encode(pipe, prompts, args):
+    """Text of P prompts. The text encoders are on the device only while a prompt is new to them."""
+    new = [p for p in dict.fromkeys([*prompts, ""]) if p not in _encoded]
+    if new:
+        text_encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
+        for encoder in text_encoders:
+            encoder.to(args.device)
+        for start in range(0, len(new), 32):
+            options = dict(do_classifier_free_guidance=False, max_sequence_length=args.text_length, device=args.device)
+            embeds, _, pooled, _ = pipe.encode_prompt(new[start : start + 32], None, None, **options)
+            _encoded.update(zip(new[start : start + 32], zip(embeds.cpu(), pooled.cpu())))
+        if args.device != "cpu":
+            for encoder in text_encoders:
+                encoder.to("cpu")
+    rows = [torch.stack(t).to(args.device) for t in zip(*(_encoded[p] for p in prompts))]
+    empty = [t[None].to(args.device) for t in _encoded[""]]
+    return Text(*rows, *empty)
+
+
+def velocity(pipe, x, sigma, text, args):
+    """v_theta(x, sigma, prompt) (B, C, H, W) in float32, with classifier-free guidance applied; sigma is (B,)."""
+    dtype = getattr(torch, args.dtype)
+    embeds, pooled = text.embeds, text.pooled
+    guided = args.guidance > 1
+    if guided:
+        embeds = torch.cat([text.empty_embeds.expand_as(embeds), embeds])
+        pooled = torch.cat([text.empty_pooled.expand_as(pooled), pooled])
+        x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+    # PyTorch's fused CPU attention is slow in the backward pass of short sequences, so the plain one is used there.
+    backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(backends):
+        v = pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0].float()
+    if guided:
+        v_empty, v = v.chunk(2)
+        v = v_empty + args.guidance * (v - v_empty)
+    return v
+
+
+def schedule(pipe, steps, device="cpu"):
+    """The pipeline's own noise levels (T + 1,): sigmas[0] = 1 > ... > sigmas[T] = 0."""
+    pipe.scheduler.set_timesteps(steps)
+    return pipe.scheduler.sigmas.to(device)
+
+
+def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
+    """Mean (B, ...) and std (B, 1, ...) of x_{k+1} ~ N(mean, std² I) given x_k, in float32 or better.
+
+    v and x are (B, ...), sigma and sigma_next (B,); with eta = 0 every kind is the Euler step x + v dt of the ODE.
+    Where sigma = 1 the formulas of `flow` and `ddim` are singular or zero and sigma_max = sigmas[1] stands in.
+
+    flow  Flow-GRPO eq. 9, GCPO eq. 7      dance  DanceGRPO
+    cps   Coefficients-Preserving Sampling  ddim  Stepwise-Flow-GRPO
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v, x = v.to(dtype), x.to(dtype)
+    sigma, sigma_next = (s.to(dtype).view(-1, *[1] * (x.ndim - 1)) for s in (sigma, sigma_next))
+    dt = sigma_next - sigma
+    s = torch.where(sigma == 1, sigma_max, sigma)
+    if sde == "flow":
+        a2 = eta**2 * sigma / (1 - s)
+        std = (a2 * -dt).sqrt()
+        return x * (1 + a2 / (2 * sigma) * dt) + v * (1 + a2 * (1 - sigma) / (2 * sigma)) * dt, std
+    if sde == "dance":
+        x0 = x - sigma * v
+        score = -(x - (1 - sigma) * x0) / sigma**2
+        return x + (v - 0.5 * eta**2 * score) * dt, eta * (-dt).sqrt()
+    if sde not in ("cps", "ddim"):
+        raise ValueError(f"sde must be one of {', '.join(SDES)}, not {sde}")
+    std = sigma_next * math.sin(eta * math.pi / 2) if sde == "cps" else eta * sigma_next * (1 - s).sqrt()
+    # (1 - sigma_next) x0 + sqrt(sigma_next² - std²) x1, written so that std = 0 leaves exactly the Euler step.
+    x1 = x + (1 - sigma) * v
+    return x + v * dt + ((sigma_next**2 - std**2).sqrt() - sigma_next) * x1, std
+
+
+@torch.no_grad()
+def decode(pipe, latents, micro_batch):
+    """Images (B, 3, H, W) in [0, 1] on the CPU, decoded `micro_batch` at a time in bfloat16 where that is native."""
+    vae = pipe.vae
+    images = []
+    for z in latents.split(micro_batch):
+        z = z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        with torch.autocast(z.device.type, pipe.transformer.dtype, enabled=pipe.transformer.dtype != torch.float32):
+            image = vae.decode(z, return_dict=False)[0]
+        images.append((image.float() / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(images)
+
+
+def group_noise(args, iteration, group, shape):
+    """Noise of one group in one iteration: (*shape) to start from and (G, S, *shape) for the SDE, on the CPU.
+
+    A stream of its own for every (seed, iteration, group), so that neither micro-batches nor ranks nor a resume change it.
+    """
+    seed = np.random.SeedSequence((args.seed, iteration, group)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed >> 1))
+    start = torch.randn(shape, generator=generator)
+    return start, torch.randn(args.group_size, args.steps - 1, *shape, generator=generator)
+
+
+@torch.no_grad()
+def sample_ode(pipe, prompts, steps, args, seed=12345):
+    """Images (B, 3, H, W) of B prompts by `steps` Euler steps, from noise that depends on `seed` and the position alone."""
+    text = encode(pipe, prompts, args)
+    sigmas = schedule(pipe, steps, args.device)
+    noise = torch.randn(len(prompts), *latent_shape(pipe, args.resolution), generator=torch.Generator().manual_seed(seed))
+    images = []
+    for rows in torch.arange(len(prompts)).split(args.micro_batch):
+        x = noise[rows].to(args.device)
+        for k in range(steps):
+            x = x + velocity(pipe, x, sigmas[k].expand(len(rows)), text[rows], args) * (sigmas[k + 1] - sigmas[k])
+        images.append(decode(pipe, x, args.micro_batch))
+    return torch.cat(images)
+
+
+def evaluate(pipe, args, steps):
+    """Scores the model on the held-out prompts of args.reward: (mean score, {category: score}, images)."""
+    prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args.reward, args.model)[1], args.eval_images)
+    images = sample_ode(pipe, prompts, steps, args)
+    reward = rewards.REWARDS[args.reward]
+    scores = (reward.verdict or reward.score)(images, prompts).double().numpy()
+    by_category = {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
+    return float(scores.mean()), by_category, images
+
+
+@contextmanager
+def adapter_off(pipe):
+    """The reference policy: the same model without its LoRA."""
+    pipe.transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        pipe.transformer.enable_adapters()
+
+
+def lora_state(pipe):
+    return {name: p.detach().cpu() for name, p in get_peft_model_state_dict(pipe.transformer).items()}
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary name beside `path` and renames it to `path` at the end, so that a kill leaves old or new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_lora(pipe, run_dir):
+    """pytorch_lora_weights.safetensors, as StableDiffusion3Pipeline.load_lora_weights(run_dir) reads it."""
+    name = "pytorch_lora_weights.safetensors"
+    with replacing(run_dir / name) as temporary:
+        StableDiffusion3Pipeline.save_lora_weights(
+            run_dir,
+            transformer_lora_layers=lora_state(pipe),
+            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+            weight_name=temporary.name,
+        )
+
+
+def save_state(path, pipe, optimizer, **rest):
+    """Everything a run continues from, in one file that is replaced whole."""
+    with replacing(path) as temporary:
+        torch.save({"lora": lora_state(pipe), "optimizer": optimizer.state_dict(), **rest}, temporary)
+
+
+def load_state(path, pipe, optimizer):
+    """Restores LoRA and optimizer from `path` and returns the rest; a missing or unfit file ends the program."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        mismatch = set_peft_model_state_dict(pipe.transformer, state.pop("lora"))
+        if mismatch.unexpected_keys:
+            raise ValueError("other layers")
+        optimizer.load_state_dict(state.pop("optimizer"))
+        return state
+    except FileNotFoundError:
+        fail(f"{path} does not exist: the run stopped before its first save, so start it again")
+    except Exception as error:
+        fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
+
+
+def write_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_grid(images, path, columns=8):
+    """A PNG of up to eight rows of images; returns the grid as a (H, W, 3) uint8 array for TensorBoard."""
+    images = images[: len(images) // columns * columns or len(images)][: 8 * columns]
+    columns = min(columns, len(images))
+    tiles = [Image.fromarray(i) for i in (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()]
+    grid = make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
+    with replacing(path) as temporary:
+        grid.save(temporary, format="PNG")
+    return np.asarray(grid)
+
+
+def peak_memory_mb(device):
+    """Most memory the run has held: of the GPU, or of the process on a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
