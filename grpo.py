@@ -2,15 +2,13 @@
 
     python grpo.py                                  # miniature model, two CPU cores, minutes
     python grpo.py --model sd3 --reward jpeg-compressibility
-    python grpo.py --resume runs/<run>              # continue an interrupted run
 
-Sampling turns the flow's ODE into an SDE, so every step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I) and has a
-likelihood. G images a prompt form a group, and with the group-normalized reward A as the advantage of every step
+Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
+(its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
+G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
-    ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k)
-    loss    = mean over trajectories and trained steps k of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
-
-(Flow-GRPO eqs. 4-6 and 9). Log-probabilities are means, not sums, over the latent's dimensions, in float32.
+    A    = (r - mean of the group) / (std of the group + 1e-4), the advantage of every step                      (eq. 4)
+    loss = mean over trajectories and trained steps k of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
 """
 
 import math
@@ -128,7 +126,7 @@ def clipped_loss(ratio, advantages, clip):
 
 if __name__ == "__main__":
     args = sampler.parse_args(Args, __doc__)
-    run_dir, pipe = sampler.start_run(args, "grpo")
+    run_dir, pipe = sampler.start_run(args, Path(__file__).stem)
     stop_requested = []  # Ctrl-C finishes the iteration, saves and leaves; a second one leaves at once
     signal.signal(signal.SIGINT, lambda *_: stop_requested.append(1) if not stop_requested else signal.default_int_handler())
 
@@ -193,20 +191,21 @@ if __name__ == "__main__":
         if not scores.isfinite().all():
             raise SystemExit(f"iteration {iteration}: reward {args.reward} is not finite; the last good state is kept in {run_dir}")
         advantages = group_advantages(scores, G, args.global_std).to(args.device)
-        kept = advantages.view(-1, G).any(1)[group.view(-1, G)[:, 0]].repeat_interleave(G).nonzero().flatten().cpu().numpy()
+        kept = advantages.view(args.prompts, -1).any(1).repeat_interleave(G).nonzero().flatten().cpu().numpy()
         clock.append(time.monotonic())
 
         # Optimize: the (trajectory, step) pairs to train, in --updates parts
         for part in np.array_split(rng.permutation(kept), args.updates):
-            trained = math.ceil(args.step_fraction * S)
-            pairs = [(b, k) for b in part for k in sorted(rng.permutation(S)[:trained])]
-            for micro in torch.tensor(pairs, device=args.device).split(args.micro_batch) if pairs else ():
-                b, k = micro.T
+            drawn = math.ceil(args.step_fraction * S)
+            pairs = [(b, k) for b in part for k in rng.permutation(S)[:drawn]]
+            for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
+                b, k = torch.tensor(micro, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
                 v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
-                loss = clipped_loss(ratio, advantages[b], args.clip).sum() / len(pairs)
+                surrogate = clipped_loss(ratio, advantages[b], args.clip)
+                loss = surrogate.sum() / len(pairs)
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
                         v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
@@ -218,8 +217,8 @@ if __name__ == "__main__":
                 loss.backward()
                 stats["losses/ratio"].append(ratio.detach())
                 stats["losses/clip_fraction"].append(((ratio.detach() - 1).abs() > args.clip).float())
-                stats["losses/policy"].append(loss.detach()[None] * len(pairs) / len(micro))
-            if pairs:
+                stats["losses/policy"].append(surrogate.detach())
+            if len(part):
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 if not norm.isfinite():
                     raise SystemExit(f"iteration {iteration}: the gradient is not finite; the last good state is kept in {run_dir}")
@@ -255,15 +254,5 @@ if __name__ == "__main__":
         if stop_requested and not finished:
             raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
 
-    # What came of it
     writer.close()
-    result = dict(algorithm="grpo", model=args.model, reward=args.reward, seed=args.seed, iterations=args.iterations)
-    result |= dict(base_score=base_score, final_score=final_score, best_score=best_score)
-    result |= dict(base_categories=base_categories, final_categories=final_categories)
-    result |= dict(seconds=seconds, train_images=B * args.iterations, peak_memory_mb=sampler.peak_memory_mb(args.device))
-    sampler.write_json(run_dir / "result.json", result)
-    for name in (*base_categories, "mean"):
-        pair = (base_score, final_score) if name == "mean" else (base_categories[name], final_categories[name])
-        print(f"{name:20} {pair[0]:7.3f} -> {pair[1]:7.3f}")
-    print(f"{seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
-    print(f"look: tensorboard --logdir {run_dir.parent}, {run_dir}/before.png, after.png; diffusers: pipe.load_lora_weights('{run_dir}')")
+    sampler.report(args, Path(__file__).stem, run_dir, base_score, final_score, base_categories, final_categories, seconds)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.utils import make_image_grid
+from diffusers.utils import logging, make_image_grid
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
@@ -43,7 +43,7 @@ class Args:
     """peak learning rate of the autoencoder"""
     kl_weight: float = 3e-4
     """weight of the autoencoder's KL term, averaged over latent elements"""
-    steps: int = 20_000
+    steps: int = 2200
     """optimizer steps of flow matching"""
     minutes: float = 0.0
     """if set, flow matching stops after this many minutes instead of --steps"""
@@ -57,7 +57,7 @@ class Args:
     """share of captions replaced by the empty one, for classifier-free guidance"""
     ema: float = 0.999
     """decay of the averaged weights, the ones that are saved"""
-    eval_every: int = 1000
+    eval_every: int = 500
     """steps between evaluations, grids and checkpoints"""
     seed: int = 0
     """seed of everything"""
@@ -309,6 +309,7 @@ def save_pipeline(pipe, folder):
 
 
 def main(args):
+    logging.set_verbosity_error()  # the text encoders truncate captions on purpose
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log_dir = args.output_dir.with_name(args.output_dir.name + "-training")
     log_dir.mkdir(parents=True, exist_ok=True)

@@ -92,8 +92,9 @@ def check(args):
         fail(f"--group-size {args.group_size} leaves nothing to compare within a group; it must be at least 2")
     if args.steps < 2:
         fail(f"--steps {args.steps} leaves no step to train, since the last one is deterministic; it must be at least 2")
-    for name in ("iterations", "prompts", "updates", "micro_batch", "rank", "eval_every", "eval_images", "eval_steps", "save_every"):
-        if getattr(args, name) < 1:
+    counts = "iterations prompts updates micro_batch rank eval_every eval_images eval_steps save_every"
+    for name in f"{counts} chunk_size min_chunk substeps".split():
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for name in ("lr", "clip", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
@@ -201,13 +202,11 @@ class Text(NamedTuple):
         return Text(self.embeds[rows], self.pooled[rows], self.empty_embeds, self.empty_pooled)
 
 
-_encoded = {}  # prompt -> (embeds (L, D), pooled (E,)), on the CPU
-
-
 @torch.no_grad()
 def encode(pipe, prompts, args):
-    """Text of P prompts. The text encoders are on the device only while a prompt is new to them."""
-    new = [p for p in dict.fromkeys([*prompts, ""]) if p not in _encoded]
+    """Text of P prompts, each encoded once. The text encoders are on the device only while a prompt is new to them."""
+    encoded = pipe.__dict__.setdefault("encoded_prompts", {})  # prompt -> (embeds (L, D), pooled (E,)), on the CPU
+    new = [p for p in dict.fromkeys([*prompts, ""]) if p not in encoded]
     if new:
         text_encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
         for encoder in text_encoders:
@@ -215,12 +214,12 @@ def encode(pipe, prompts, args):
         for start in range(0, len(new), 32):
             options = dict(do_classifier_free_guidance=False, max_sequence_length=args.text_length, device=args.device)
             embeds, _, pooled, _ = pipe.encode_prompt(new[start : start + 32], None, None, **options)
-            _encoded.update(zip(new[start : start + 32], zip(embeds.cpu(), pooled.cpu())))
+            encoded.update(zip(new[start : start + 32], zip(embeds.cpu(), pooled.cpu())))
         if args.device != "cpu":
             for encoder in text_encoders:
                 encoder.to("cpu")
-    rows = [torch.stack(t).to(args.device) for t in zip(*(_encoded[p] for p in prompts))]
-    empty = [t[None].to(args.device) for t in _encoded[""]]
+    rows = [torch.stack(t).to(args.device) for t in zip(*(encoded[p] for p in prompts))]
+    empty = [t[None].to(args.device) for t in encoded[""]]
     return Text(*rows, *empty)
 
 
@@ -401,6 +400,21 @@ def save_grid(images, path, columns=8):
     with replacing(path) as temporary:
         grid.save(temporary, format="PNG")
     return np.asarray(grid)
+
+
+def report(args, algorithm, run_dir, base_score, final_score, base_categories, final_categories, seconds):
+    """Writes result.json and prints, by category, what the run did to the held-out score and where to look."""
+    result = dict(algorithm=algorithm, model=args.model, reward=args.reward, seed=args.seed, iterations=args.iterations)
+    result |= dict(base_score=base_score, final_score=final_score)
+    result |= dict(base_categories=base_categories, final_categories=final_categories, seconds=seconds)
+    result |= dict(train_images=args.iterations * args.prompts * args.group_size, peak_memory_mb=peak_memory_mb(args.device))
+    write_json(run_dir / "result.json", result)
+    for name, base in base_categories.items():
+        print(f"{name:20} {base:7.3f} -> {final_categories[name]:7.3f}")
+    print(f"{'all':20} {base_score:7.3f} -> {final_score:7.3f}")
+    print(f"{seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
+    print(f"Look at it: tensorboard --logdir {run_dir.parent}, or {run_dir}/before.png and after.png")
+    print(f"Load it in diffusers: StableDiffusion3Pipeline.from_pretrained(...).load_lora_weights('{run_dir}')")
 
 
 def peak_memory_mb(device):

@@ -1,0 +1,83 @@
+"""Runs the three methods with several seeds and draws their held-out score against images and minutes.
+
+    python compare.py                         # every default, three seeds; finished runs are not run again
+    python compare.py --seeds 0 --flags --sde flow --eta 0.7
+
+Writes <output-dir>/comparison.csv, a row an evaluation, and comparison.png.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@dataclass
+class Args:
+    methods: tuple[str, ...] = ("grpo", "gcpo", "stepwise_grpo")
+    """scripts to run"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """seeds of each"""
+    output_dir: Path = Path("results")
+    """folder of the table and the plot"""
+    runs_dir: Path = Path("runs/compare")
+    """folder of the runs"""
+    flags: tuple[str, ...] = ()
+    """further flags for every run; they come last"""
+
+
+def evaluations(folder):
+    """(images, minutes of training, held-out score) of every evaluation of a run."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    args = json.loads((folder / "args.json").read_text())
+    per_iteration = args["prompts"] * args["group_size"]
+    minutes = np.cumsum([per_iteration / e.value / 60 for e in events.Scalars("charts/images_per_second")])
+    for e in events.Scalars("charts/held_out_score"):
+        yield e.step * per_iteration, minutes[e.step - 1] if e.step else 0.0, e.value
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    rows = []
+    for seed in args.seeds:
+        for method in args.methods:
+            folder = args.runs_dir / f"{method}-{seed}"
+            if not (folder / "result.json").exists():
+                where = ["--resume", folder] if (folder / "state.pt").exists() else ["--output-dir", folder]
+                script = Path(__file__).parent / f"{method}.py"
+                subprocess.run([sys.executable, script, "--seed", str(seed), *where, *args.flags], check=True)
+            for images, minutes, score in evaluations(folder):
+                rows.append(dict(method=method, seed=seed, images=images, minutes=round(minutes, 3), held_out=round(score, 5)))
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with open(args.output_dir / "comparison.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for method, colour in zip(args.methods, ("tab:gray", "tab:blue", "tab:orange")):
+        curves = [[r for r in rows if r["method"] == method and r["seed"] == seed] for seed in args.seeds]
+        scores = np.array([[r["held_out"] for r in curve] for curve in curves])
+        print(f"{method:15} {scores[:, 0].mean():.3f} -> {scores[:, -1].mean():.3f}, by seed {scores[:, -1].round(3).tolist()}")
+        for axis, key in zip(axes, ("images", "minutes")):
+            x = np.mean([[r[key] for r in curve] for curve in curves], axis=0)
+            axis.plot(x, scores.mean(0), color=colour, label=method)
+            axis.fill_between(x, scores.min(0), scores.max(0), color=colour, alpha=0.2, linewidth=0)
+            axis.set_xlabel({"images": "images generated", "minutes": "minutes of training"}[key])
+    axes[0].set_ylabel("held-out strict score")
+    axes[0].legend()
+    axes[0].set_title(f"mean, and range over {len(args.seeds)} seeds", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(args.output_dir / "comparison.png", dpi=120)

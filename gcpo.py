@@ -1,0 +1,353 @@
+"""GCPO, chunk-level policy optimization for flow-matching image models (arXiv 2510.21583, ICML 2026).
+
+    python gcpo.py                                  # miniature model, two CPU cores, minutes
+    python gcpo.py --model sd3 --chunk-size 4 --reward jpeg-compressibility
+
+Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
+(its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
+G images of one prompt, started from the same noise, form a group; rewards are compared within it.
+
+    A    = (r - mean of the group) / (std of the group + 1e-4), the advantage of every step                      (eq. 4)
+    r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
+    loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta KL_j (eq. 14)
+
+Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level ratio.
+"""
+
+import math
+import signal
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import rewards
+import sampler
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
+    reward: str = "shapes"
+    """what images are rewarded for, a name in rewards.REWARDS"""
+    iterations: int = 60
+    """rollouts, each followed by --updates optimizer steps"""
+    prompts: int = 16
+    """P: prompts an iteration"""
+    group_size: int = 16
+    """G: images a prompt, from the same initial noise"""
+    steps: int = 8
+    """T: denoising steps; all but the last are stochastic and trainable"""
+    eta: float = 0.8
+    """strength of the noise that sampling adds"""
+    sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
+    """transition kernel, see sampler.sde_step"""
+    guidance: float = 1.0
+    """classifier-free guidance scale; at most 1 is without"""
+    lr: float = 4e-4
+    """learning rate of AdamW"""
+    clip: float = 1e-4
+    """eps: how far a ratio may leave 1"""
+    beta: float = 0.0
+    """weight of the KL to the model without LoRA; at 0 it is not computed"""
+    updates: int = 4
+    """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
+    global_std: bool = False
+    """divide by the std of all rewards of the iteration instead of the group's"""
+    chunk_size: int | None = None
+    """chunks of this many steps, the remainder last; without it and --chunks the chunks are adaptive"""
+    chunks: tuple[int, ...] | None = None
+    """explicit chunk sizes, such as 2 3 2; they must sum to the stochastic steps S = T - 1"""
+    min_chunk: int = 4
+    """adaptive chunks no longer than this are not split further"""
+    distance: Literal["l1", "l2", "cosine"] = "l1"
+    """relative distance between consecutive latents, which adaptive chunks and weights follow"""
+    chunk_fraction: float = 1.0
+    """share of a trajectory's chunks that is trained, drawn afresh each iteration"""
+    weighted: bool = False
+    """draw chunks in proportion to their mean relative distance instead of uniformly (eq. 17)"""
+    rank: int = 32
+    """rank of the LoRA; its alpha is twice that"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 0
+    """seed of everything; on CPU the same seed gives the same bytes"""
+    output_dir: str = ""
+    """folder of the run; empty: runs/<script>__<model>__<reward>__<seed>__<time>"""
+    resume: str = ""
+    """folder of an interrupted run to continue"""
+    eval_every: int = 10
+    """iterations between evaluations on the held-out prompts"""
+    eval_steps: int = 8
+    """denoising steps of an evaluation, deterministic"""
+    eval_images: int = 288
+    """images of an evaluation"""
+    save_every: int = 10
+    """iterations between saves of the state"""
+    resolution: int = 0
+    """height and width of the images; 0 is the model's own"""
+    text_length: int = 1
+    """rows that T5 adds to a prompt (zeros in a model without T5)"""
+    micro_batch: int = 128
+    """latents that go through the model at a time"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    compile: bool = True
+    """compile the log-probability"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+def group_advantages(rewards, group_size, global_std=False):
+    """Advantages (B,) of group-major rewards (B,): (r - mean of its group) / (std + 1e-4), clamped to ±5.
+
+    The std is the group's, or with `global_std` that of all B rewards. A group without spread gets 0. Flow-GRPO eq. 4.
+    """
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    std = groups.std() if global_std else groups.std(1, keepdim=True)
+    has_spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)
+    return (centred / (std + 1e-4) * has_spread).clamp(-5, 5).flatten()
+
+
+def log_prob(x_next, mean, std):
+    """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
+    z = (x_next - mean) / std
+    return (-0.5 * (z * z + math.log(2 * math.pi)) - torch.log(std)).flatten(1).mean(1)
+
+
+@torch.compile(dynamic=True)
+def transition_log_prob(v, x, x_next, sigma, sigma_next, sigma_max, eta, sde):
+    """Log-probability (B,) of the transition from x to x_next (B, ...) at velocity v: one fused pass over the latents."""
+    mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
+    return log_prob(x_next, mean, std)
+
+
+def clipped_loss(ratio, advantages, clip):
+    """max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)), elementwise."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def relative_distance(trajectory, distance="l1"):
+    """d_k = ||x_k - x_{k+1}|| / ||x_k||, or 1 - cos(x_k, x_{k+1}): (B, S) from a trajectory (B, S + 1, ...). GCPO eq. 16."""
+    x, x_next = trajectory[:, :-1].flatten(2), trajectory[:, 1:].flatten(2)
+    if distance == "cosine":
+        return 1 - torch.cosine_similarity(x, x_next, dim=-1)
+    order = {"l1": 1, "l2": 2}[distance]
+    return (x - x_next).norm(order, dim=-1) / x.norm(order, dim=-1)
+
+
+def fixed_chunks(num_steps, chunk_size):
+    """Sizes of consecutive chunks of `chunk_size` steps, the remainder last: 7 steps by 3 are [3, 3, 1]."""
+    return [min(chunk_size, num_steps - start) for start in range(0, num_steps, chunk_size)]
+
+
+def adaptive_chunks(curve, min_chunk=4):
+    """Sizes of chunks that follow the shape of a trajectory's distance curve (S,). GCPO section 4.3.
+
+    Steps over which the curve's first difference keeps its sign belong together: a rise is one chunk, a fall another.
+    Where the sign never changes the segment is halved. Each part is divided again by its next order of difference (its
+    curvature, and so on) until it is no longer than `min_chunk`. Choices where the paper is silent: min_chunk is 4; step
+    k takes the sign of d_{k+1} - d_k, the last steps of a segment the last sign; a segment too short is halved.
+    """
+
+    def split(segment, order):
+        size = len(segment)
+        if size <= min_chunk:
+            return [size]
+        signs = np.sign(np.diff(segment, order))
+        cuts = [k + 1 for k in range(len(signs) - 1) if signs[k] != signs[k + 1]] or [size // 2]
+        return [chunk for part in np.split(segment, cuts) for chunk in split(part, order + 1)]
+
+    return split(np.asarray(curve, np.float64), 1)
+
+
+def chunk_log_ratio(log_prob_new, log_prob_old, chunk_sizes):
+    """Log of the chunk ratios (B, K): the mean over each chunk of the steps' log ratios, (B, S) each. GCPO eq. 15."""
+    return torch.stack([chunk.mean(1) for chunk in (log_prob_new - log_prob_old).split(chunk_sizes, dim=1)], dim=1)
+
+
+def chunk_weights(curve, chunk_sizes):
+    """Probability (K,) of drawing each chunk: its mean relative distance, from a curve (S,), over their sum. GCPO eq. 17."""
+    moved = np.add.reduceat(curve, np.cumsum([0, *chunk_sizes[:-1]])) / chunk_sizes
+    return moved / moved.sum()
+
+
+def batch_chunks(chunks, micro_batch):
+    """Packs chunks (trajectory, first step, size, ...) whole into lists of at most `micro_batch` steps, or of one chunk."""
+    batches = []
+    for chunk in chunks:
+        if not batches or sum(size for _, _, size, *_ in batches[-1]) + chunk[2] > micro_batch:
+            batches.append([])
+        batches[-1].append(chunk)
+    return batches
+
+
+if __name__ == "__main__":
+    args = sampler.parse_args(Args, __doc__)
+    if args.chunk_size and args.chunks:
+        sampler.fail("--chunk-size and --chunks exclude each other; give one, or neither for adaptive chunks")
+    if args.chunk_size and args.chunk_size >= args.steps:
+        sampler.fail(f"--chunk-size {args.chunk_size} must be from 1 to S = {args.steps - 1}, one less than --steps")
+    if args.chunks and (sum(args.chunks) != args.steps - 1 or min(args.chunks) < 1):
+        sampler.fail(f"--chunks {args.chunks} must be positive and sum to S = {args.steps - 1}, one less than --steps")
+    run_dir, pipe = sampler.start_run(args, Path(__file__).stem)
+    stop_requested = []  # Ctrl-C finishes the iteration, saves and leaves; a second one leaves at once
+    signal.signal(signal.SIGINT, lambda *_: stop_requested.append(1) if not stop_requested else signal.default_int_handler())
+
+    # Optimizer, prompts, noise schedule
+    parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    reward_function = rewards.REWARDS[args.reward]
+    train_prompts, _ = rewards.prompt_set(args.reward, args.model)
+    sigmas = sampler.schedule(pipe, args.steps, args.device)
+    sigma_max = sigmas[1].item()
+    S, G, B = args.steps - 1, args.group_size, args.prompts * args.group_size
+    shape = sampler.latent_shape(pipe, args.resolution)
+    kernel = (sigma_max, args.eta, args.sde)
+
+    # The base model's score, or where an interrupted run stopped
+    writer = SummaryWriter(run_dir)
+    first, best_score, seconds = 0, -math.inf, 0.0
+    if args.resume:
+        state = sampler.load_state(run_dir / "state.pt", pipe, optimizer)
+        first, best_score, seconds = state["iteration"], state["best_score"], state["seconds"]
+        base_score, base_categories = state["base_score"], state["base_categories"]
+    else:
+        writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+        base_score, base_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+        writer.add_scalar("charts/held_out_score", base_score, 0)
+        writer.add_image("held_out", sampler.save_grid(images, run_dir / "before.png"), 0, dataformats="HWC")
+        print(f"base model: held-out score {base_score:.3f}")
+
+    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True)
+    for iteration in bar:
+        clock, stats, times_trained = [time.monotonic()], defaultdict(list), Counter()
+        rng = np.random.default_rng((args.seed, iteration))
+        prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)
+        text = sampler.encode(pipe, prompts, args)
+        group = torch.arange(args.prompts, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
+
+        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
+        trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+        log_prob_old = torch.empty(B, S, device=args.device)
+        final = torch.empty(B, *shape, device=args.device)  # x_T
+        noises = [sampler.group_noise(args, iteration, p, shape) for p in range(args.prompts)]
+        trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
+        noise = torch.cat([steps for _, steps in noises])  # (B, S, C, H, W)
+        with torch.no_grad():
+            for rows in torch.arange(B, device=args.device).split(args.micro_batch):
+                for k in range(S + 1):
+                    x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
+                    v = sampler.velocity(pipe, x, sigma, text[group[rows]], args)
+                    if k == S:
+                        final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
+                        break
+                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
+                    x_next = mean + std * noise[rows.cpu(), k].to(args.device)
+                    trajectory[rows, k + 1] = x_next
+                    log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+        clock.append(time.monotonic())
+
+        # Reward and advantage
+        images = sampler.decode(pipe, final, args.micro_batch)
+        prompt_of = [prompts[p] for p in group.tolist()]
+        scores = reward_function.score(images, prompt_of).float()
+        if not scores.isfinite().all():
+            raise SystemExit(f"iteration {iteration}: reward {args.reward} is not finite; the last good state is kept in {run_dir}")
+        advantages = group_advantages(scores, G, args.global_std).to(args.device)
+        kept = advantages.view(args.prompts, -1).any(1).repeat_interleave(G).nonzero().flatten().cpu().numpy()
+        clock.append(time.monotonic())
+
+        # The chunk plan of every trajectory
+        curves = relative_distance(trajectory, args.distance).double().cpu().numpy()
+        fixed = list(args.chunks or ()) or (args.chunk_size and fixed_chunks(S, args.chunk_size))
+        plans = [fixed or adaptive_chunks(curve, args.min_chunk) for curve in curves]
+        if iteration == first:
+            bar.write(f"chunk plans, by the number of trajectories: {dict(Counter(map(str, plans)).most_common(4))}")
+
+        # Optimize: the chunks to train, as (trajectory, first step, size, weight, index), in --updates parts
+        for part in np.array_split(rng.permutation(kept), args.updates):
+            chunks = []
+            for b in part:
+                drawn, p = math.ceil(args.chunk_fraction * len(plans[b])), chunk_weights(curves[b], plans[b])
+                for j in rng.choice(len(plans[b]), drawn, replace=False, p=p if args.weighted else None):
+                    chunks.append((b, sum(plans[b][:j]), plans[b][j], 1 / (len(part) * drawn), j))
+            for micro in batch_chunks(chunks, args.micro_batch):
+                pairs = [(b, start + i) for b, start, size, *_ in micro for i in range(size)]
+                b, k = torch.tensor(pairs, device=args.device).T
+                chunk_b, _, sizes, weight, index = (torch.tensor(column) for column in zip(*micro))
+                sizes, weight = sizes.tolist(), weight.to(args.device, torch.float32)
+                x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
+                v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+                ratio = torch.exp(chunk_log_ratio(log_prob_new[None], log_prob_old[b, k][None], sizes)[0])
+                surrogate = clipped_loss(ratio, advantages[chunk_b], args.clip)
+                loss = (weight * surrogate).sum()
+                if args.beta > 0:
+                    with torch.no_grad(), sampler.adapter_off(pipe):
+                        v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
+                    mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
+                    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                    loss = loss + args.beta * (weight * torch.stack([c.mean() for c in kl.split(sizes)])).sum()
+                    stats["losses/kl"].append(kl.detach())
+                loss.backward()
+                stats["losses/ratio"].append(ratio.detach())
+                stats["losses/clip_fraction"].append(((ratio.detach() - 1).abs() > args.clip).float())
+                stats["losses/policy"].append(surrogate.detach())
+                for j in set(index.tolist()):
+                    stats[f"chunks/ratio_{j}"].append(ratio.detach()[index == j])
+                    stats[f"chunks/clip_fraction_{j}"].append(((ratio.detach()[index == j] - 1).abs() > args.clip).float())
+                times_trained.update(k.tolist())
+            if len(part):
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                if not norm.isfinite():
+                    raise SystemExit(f"iteration {iteration}: the gradient is not finite; the last good state is kept in {run_dir}")
+                stats["losses/grad_norm"].append(norm[None])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        clock.append(time.monotonic())
+
+        # Log, evaluate, save
+        scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
+        for k in range(S):
+            scalars[f"chunks/distance_{k}"] = curves[:, k].mean()
+            scalars[f"chunks/times_trained_{k}"] = times_trained[k]
+        writer.add_histogram("chunks/sizes", np.concatenate(plans), iteration + 1)
+        scalars["charts/reward"] = scores.mean().item()
+        scalars["charts/groups_with_spread"] = len(kept) / B
+        scalars["charts/learning_rate"] = args.lr
+        for name, start, end in zip(("sample", "reward", "train"), clock, clock[1:]):
+            scalars[f"time/{name}"] = end - start
+        seconds += clock[-1] - clock[0]
+        scalars["charts/images_per_second"] = B / (clock[-1] - clock[0])
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration + 1)
+        bar.set_postfix(reward=f"{scores.mean():.3f}", held_out=f"{max(best_score, base_score):.3f}")
+        finished = iteration + 1 == args.iterations
+        if (iteration + 1) % args.eval_every == 0 or finished:
+            final_score, final_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+            writer.add_scalar("charts/held_out_score", final_score, iteration + 1)
+            writer.add_image("held_out", sampler.save_grid(images, run_dir / "after.png"), iteration + 1, dataformats="HWC")
+            best_score = max(best_score, final_score)
+            bar.write(f"iteration {iteration + 1}: held-out score {final_score:.3f}, reward {scores.mean():.3f}")
+        if (iteration + 1) % args.save_every == 0 or finished or stop_requested:
+            rest = dict(iteration=iteration + 1, best_score=best_score, seconds=seconds)
+            rest |= dict(base_score=base_score, base_categories=base_categories)
+            sampler.save_state(run_dir / "state.pt", pipe, optimizer, **rest)
+            sampler.save_lora(pipe, run_dir)
+        if stop_requested and not finished:
+            raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
+
+    writer.close()
+    sampler.report(args, Path(__file__).stem, run_dir, base_score, final_score, base_categories, final_categories, seconds)

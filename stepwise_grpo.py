@@ -1,0 +1,303 @@
+"""Stepwise-Flow-GRPO, step-level credit assignment for flow-matching image models (arXiv 2603.28718, CVPR 2026).
+
+    python stepwise_grpo.py                         # miniature model, two CPU cores, minutes
+    python stepwise_grpo.py --model sd3 --reward jpeg-compressibility
+
+Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
+(its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
+G images of one prompt, started from the same noise, form a group; rewards are compared within it.
+
+    R_k  = reward of x0_hat(x_k), the image that state x_k is estimated to become
+    g_k  = R_{k+1} - R_k, the gain of step k; over a trajectory the gains add up to R_S - R_0, and R_0 is the group's
+    A_k  = (g_k - mean of the group's gains) / (their std + 1e-4), over images and steps together
+    loss = mean over trajectories and trained steps k of max(-A_k ratio_k, -A_k clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
+"""
+
+import math
+import signal
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import rewards
+import sampler
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
+    reward: str = "shapes"
+    """what images are rewarded for, a name in rewards.REWARDS"""
+    iterations: int = 60
+    """rollouts, each followed by --updates optimizer steps"""
+    prompts: int = 16
+    """P: prompts an iteration"""
+    group_size: int = 16
+    """G: images a prompt, from the same initial noise"""
+    steps: int = 8
+    """T: denoising steps; all but the last are stochastic and trainable"""
+    eta: float = 0.8
+    """strength of the noise that sampling adds"""
+    sde: Literal["flow", "dance", "cps", "ddim"] = "ddim"
+    """transition kernel, see sampler.sde_step"""
+    guidance: float = 1.0
+    """classifier-free guidance scale; at most 1 is without"""
+    lr: float = 4e-4
+    """learning rate of AdamW"""
+    clip: float = 1e-4
+    """eps: how far a ratio may leave 1"""
+    beta: float = 0.0
+    """weight of the KL to the model without LoRA; at 0 it is not computed"""
+    updates: int = 4
+    """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
+    substeps: int = 1
+    """T': deterministic steps from a state to the image it is judged by; 1 is the one-step Tweedie estimate"""
+    normalize: Literal["joint", "step"] = "joint"
+    """mean and std of the gains over the group's images and steps, or over its images at each step"""
+    step_fraction: float = 1.0
+    """share of a trajectory's stochastic steps that is trained, drawn afresh each iteration"""
+    rank: int = 32
+    """rank of the LoRA; its alpha is twice that"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 0
+    """seed of everything; on CPU the same seed gives the same bytes"""
+    output_dir: str = ""
+    """folder of the run; empty: runs/<script>__<model>__<reward>__<seed>__<time>"""
+    resume: str = ""
+    """folder of an interrupted run to continue"""
+    eval_every: int = 10
+    """iterations between evaluations on the held-out prompts"""
+    eval_steps: int = 8
+    """denoising steps of an evaluation, deterministic"""
+    eval_images: int = 288
+    """images of an evaluation"""
+    save_every: int = 10
+    """iterations between saves of the state"""
+    resolution: int = 0
+    """height and width of the images; 0 is the model's own"""
+    text_length: int = 1
+    """rows that T5 adds to a prompt (zeros in a model without T5)"""
+    micro_batch: int = 128
+    """latents that go through the model at a time"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    compile: bool = True
+    """compile the log-probability"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+def gains(rewards):
+    """Gain of every step (B, S), g_k = R_{k+1} - R_k, from the reward of every state (B, S + 1)."""
+    return rewards[:, 1:] - rewards[:, :-1]
+
+
+def gain_advantages(gains, group_size, normalize="joint"):
+    """Advantages (B, S) of group-major gains (B, S): (g - mean) / (std + 1e-4), clamped to ±5.
+
+    Mean and std are the group's, over images and steps ("joint") or over images at each step ("step", the paper's
+    ablation). Where they are taken over values without spread the advantages are 0.
+    """
+    groups = gains.view(-1, group_size, gains.shape[1])
+    over = {"joint": (1, 2), "step": (1,)}[normalize]
+    has_spread = groups.amax(over, keepdim=True) > groups.amin(over, keepdim=True)
+    centred = groups - groups.mean(over, keepdim=True)
+    return (centred / (groups.std(over, keepdim=True) + 1e-4) * has_spread).clamp(-5, 5).view_as(gains)
+
+
+@torch.no_grad()
+def tweedie(pipe, x, v, k, sigmas, text, substeps, args):
+    """Estimates (N, C, H, W) of the latents at sigma = 0 that states x at steps k (N,) with velocities v lead to.
+
+    min(T', T - k) Euler steps of equal size from sigmas[k] to 0, of which the first reuses v; one step is the posterior
+    mean x - sigma v. A choice: state T - 1 takes one step, which gives exactly the final image.
+    """
+    n = (len(sigmas) - 1 - k).clamp(max=substeps)
+    step = (sigmas[k] / n).view(-1, 1, 1, 1)
+    x = x - step * v
+    for i in range(1, substeps):
+        rows = (n > i).nonzero().flatten()
+        if len(rows):
+            sigma = (sigmas[k] * (1 - i / n))[rows]
+            x[rows] = x[rows] - step[rows] * sampler.velocity(pipe, x[rows], sigma, text[rows], args)
+    return x
+
+
+def log_prob(x_next, mean, std):
+    """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
+    z = (x_next - mean) / std
+    return (-0.5 * (z * z + math.log(2 * math.pi)) - torch.log(std)).flatten(1).mean(1)
+
+
+@torch.compile(dynamic=True)
+def transition_log_prob(v, x, x_next, sigma, sigma_next, sigma_max, eta, sde):
+    """Log-probability (B,) of the transition from x to x_next (B, ...) at velocity v: one fused pass over the latents."""
+    mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
+    return log_prob(x_next, mean, std)
+
+
+def clipped_loss(ratio, advantages, clip):
+    """max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)), elementwise."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+if __name__ == "__main__":
+    args = sampler.parse_args(Args, __doc__)
+    run_dir, pipe = sampler.start_run(args, Path(__file__).stem)
+    stop_requested = []  # Ctrl-C finishes the iteration, saves and leaves; a second one leaves at once
+    signal.signal(signal.SIGINT, lambda *_: stop_requested.append(1) if not stop_requested else signal.default_int_handler())
+
+    # Optimizer, prompts, noise schedule
+    parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    reward_function = rewards.REWARDS[args.reward]
+    train_prompts, _ = rewards.prompt_set(args.reward, args.model)
+    sigmas = sampler.schedule(pipe, args.steps, args.device)
+    sigma_max = sigmas[1].item()
+    S, G, B = args.steps - 1, args.group_size, args.prompts * args.group_size
+    shape = sampler.latent_shape(pipe, args.resolution)
+    kernel = (sigma_max, args.eta, args.sde)
+
+    # The base model's score, or where an interrupted run stopped
+    writer = SummaryWriter(run_dir)
+    first, best_score, seconds = 0, -math.inf, 0.0
+    if args.resume:
+        state = sampler.load_state(run_dir / "state.pt", pipe, optimizer)
+        first, best_score, seconds = state["iteration"], state["best_score"], state["seconds"]
+        base_score, base_categories = state["base_score"], state["base_categories"]
+    else:
+        writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+        base_score, base_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+        writer.add_scalar("charts/held_out_score", base_score, 0)
+        writer.add_image("held_out", sampler.save_grid(images, run_dir / "before.png"), 0, dataformats="HWC")
+        print(f"base model: held-out score {base_score:.3f}")
+
+    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True)
+    for iteration in bar:
+        clock, stats = [time.monotonic()], defaultdict(list)
+        rng = np.random.default_rng((args.seed, iteration))
+        prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)
+        text = sampler.encode(pipe, prompts, args)
+        group = torch.arange(args.prompts, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
+
+        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
+        trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+        log_prob_old = torch.empty(B, S, device=args.device)
+        velocities = torch.empty_like(trajectory)
+        noises = [sampler.group_noise(args, iteration, p, shape) for p in range(args.prompts)]
+        trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
+        noise = torch.cat([steps for _, steps in noises])  # (B, S, C, H, W)
+        with torch.no_grad():
+            for rows in torch.arange(B, device=args.device).split(args.micro_batch):
+                for k in range(S + 1):
+                    x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
+                    v = sampler.velocity(pipe, x, sigma, text[group[rows]], args)
+                    velocities[rows, k] = v
+                    if k == S:
+                        break
+                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
+                    x_next = mean + std * noise[rows.cpu(), k].to(args.device)
+                    trajectory[rows, k + 1] = x_next
+                    log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+        clock.append(time.monotonic())
+
+        # Reward and advantage
+        # The reward of every state; x_0 is the same for a whole group, so it is judged once
+        states = torch.ones(B, S + 1, dtype=torch.bool)
+        states.view(args.prompts, G, S + 1)[:, 1:, 0] = False
+        states = states.nonzero().to(args.device)
+        prompt_of = [prompts[p] for p in group.tolist()]
+        state_rewards, estimates = torch.empty(B, S + 1), {}
+        for b, k in (rows.T for rows in states.split(args.micro_batch)):
+            x0_hat = tweedie(pipe, trajectory[b, k], velocities[b, k], k, sigmas, text[group[b]], args.substeps, args)
+            images = sampler.decode(pipe, x0_hat, args.micro_batch)
+            state_rewards[b.cpu(), k.cpu()] = reward_function.score(images, [prompt_of[i] for i in b.tolist()]).float()
+            estimates.update({j: image for i, j, image in zip(b.tolist(), k.tolist(), images) if i == 0})
+        state_rewards[:, 0] = state_rewards.view(args.prompts, G, S + 1)[:, 0, 0].repeat_interleave(G)
+        scores = state_rewards[:, -1]
+        if not state_rewards.isfinite().all():
+            raise SystemExit(f"iteration {iteration}: reward {args.reward} is not finite; the last good state is kept in {run_dir}")
+        step_gains = gains(state_rewards)
+        advantages = gain_advantages(step_gains, G, args.normalize).to(args.device)
+        kept = advantages.view(args.prompts, -1).any(1).repeat_interleave(G).nonzero().flatten().cpu().numpy()
+        clock.append(time.monotonic())
+
+        # Optimize: the (trajectory, step) pairs to train, in --updates parts
+        for part in np.array_split(rng.permutation(kept), args.updates):
+            drawn = math.ceil(args.step_fraction * S)
+            pairs = [(b, k) for b in part for k in rng.permutation(S)[:drawn]]
+            for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
+                b, k = torch.tensor(micro, device=args.device).T
+                x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
+                v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+                ratio = torch.exp(log_prob_new - log_prob_old[b, k])
+                surrogate = clipped_loss(ratio, advantages[b, k], args.clip)
+                loss = surrogate.sum() / len(pairs)
+                if args.beta > 0:
+                    with torch.no_grad(), sampler.adapter_off(pipe):
+                        v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
+                    mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
+                    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                    loss = loss + args.beta * kl.sum() / len(pairs)
+                    stats["losses/kl"].append(kl.detach())
+                loss.backward()
+                stats["losses/ratio"].append(ratio.detach())
+                stats["losses/clip_fraction"].append(((ratio.detach() - 1).abs() > args.clip).float())
+                stats["losses/policy"].append(surrogate.detach())
+            if len(part):
+                norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                if not norm.isfinite():
+                    raise SystemExit(f"iteration {iteration}: the gradient is not finite; the last good state is kept in {run_dir}")
+                stats["losses/grad_norm"].append(norm[None])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        clock.append(time.monotonic())
+
+        # Log, evaluate, save
+        scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
+        for k, gain in enumerate(step_gains.abs().mean(0).tolist()):
+            scalars[f"gain/step_{k}"] = gain
+        scalars["charts/reward"] = scores.mean().item()
+        scalars["charts/groups_with_spread"] = len(kept) / B
+        scalars["charts/learning_rate"] = args.lr
+        for name, start, end in zip(("sample", "reward", "train"), clock, clock[1:]):
+            scalars[f"time/{name}"] = end - start
+        seconds += clock[-1] - clock[0]
+        scalars["charts/images_per_second"] = B / (clock[-1] - clock[0])
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration + 1)
+        bar.set_postfix(reward=f"{scores.mean():.3f}", held_out=f"{max(best_score, base_score):.3f}")
+        finished = iteration + 1 == args.iterations
+        if (iteration + 1) % args.eval_every == 0 or finished:
+            final_score, final_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+            writer.add_scalar("charts/held_out_score", final_score, iteration + 1)
+            writer.add_image("held_out", sampler.save_grid(images, run_dir / "after.png"), iteration + 1, dataformats="HWC")
+            strip = torch.stack([estimates[k] for k in range(S + 1)])
+            print_rewards = " ".join(f"{r:.2f}" for r in state_rewards[0].tolist())
+            writer.add_image("tweedie", sampler.save_grid(strip, run_dir / "tweedie.png", S + 1), iteration + 1, dataformats="HWC")
+            writer.add_text("tweedie", f"{prompt_of[0]}: {print_rewards}", iteration + 1)
+            best_score = max(best_score, final_score)
+            bar.write(f"iteration {iteration + 1}: held-out score {final_score:.3f}, reward {scores.mean():.3f}")
+        if (iteration + 1) % args.save_every == 0 or finished or stop_requested:
+            rest = dict(iteration=iteration + 1, best_score=best_score, seconds=seconds)
+            rest |= dict(base_score=base_score, base_categories=base_categories)
+            sampler.save_state(run_dir / "state.pt", pipe, optimizer, **rest)
+            sampler.save_lora(pipe, run_dir)
+        if stop_requested and not finished:
+            raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
+
+    writer.close()
+    sampler.report(args, Path(__file__).stem, run_dir, base_score, final_score, base_categories, final_categories, seconds)

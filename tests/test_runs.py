@@ -1,0 +1,208 @@
+"""Each script from end to end on a few small iterations: its files, its arithmetic, resuming, and bad input."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
+SMALL = "--prompts 2 --group-size 4 --steps 5 --eval-images 12 --updates 2 --no-compile --dtype float32 --device cpu".split()
+
+
+def run(script, folder, *flags, small=True):
+    """Runs a script in this process, as `python script.py` would, and returns its folder."""
+    argv, sys.argv = sys.argv, [f"{script}.py", *(SMALL if small else ()), *flags]
+    if "--resume" not in flags:
+        sys.argv += ["--output-dir", str(folder)]
+    try:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return folder
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, tmp_path_factory):
+    return request.param, run(request.param, tmp_path_factory.mktemp("run") / request.param, "--iterations", "2")
+
+
+def test_a_run_writes_its_files(finished):
+    script, folder = finished
+    result = json.loads((folder / "result.json").read_text())
+    keys = "algorithm model reward seed iterations base_score final_score base_categories final_categories seconds train_images"
+    assert set(f"{keys} peak_memory_mb".split()) <= set(result)
+    assert result["algorithm"] == script and result["train_images"] == 16 and len(result["base_categories"]) == 6
+    assert json.loads((folder / "args.json").read_text())["group_size"] == 4
+    assert Image.open(folder / "before.png").size == Image.open(folder / "after.png").size
+    logged = scalars(folder)
+    assert {"charts/reward", "charts/held_out_score", "losses/ratio", "losses/clip_fraction", "losses/grad_norm"} <= set(logged)
+    if script == "gcpo":
+        assert {"chunks/distance_3", "chunks/ratio_0", "chunks/clip_fraction_0", "chunks/times_trained_3"} <= set(logged)
+    if script == "stepwise_grpo":
+        assert "gain/step_3" in logged and (folder / "tweedie.png").exists()
+    assert not list(folder.glob(".*tmp"))
+
+
+def test_stock_diffusers_loads_the_lora(finished):
+    _, folder = finished
+    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "tiny-sd3")
+    options = dict(num_inference_steps=4, output_type="pt", max_sequence_length=1)
+
+    def draw():
+        return pipe("two red circles", generator=torch.Generator().manual_seed(0), **options).images
+
+    before = draw()
+    pipe.load_lora_weights(folder)
+    assert not torch.equal(draw(), before)
+    lora = next(m for m in pipe.transformer.modules() if hasattr(m, "scaling"))
+    assert set(lora.scaling.values()) == {2.0}  # alpha 64 over rank 32
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert any(w.abs().max() > 0 for n, w in weights.items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_the_ratio_is_one_before_the_first_update(script, sde, tmp_path):
+    """One update a rollout is on-policy: with the clip at 1e-5 no ratio of any step is clipped."""
+    flags = ["--iterations", "1", "--updates", "1", "--clip", "1e-5", "--sde", sde, "--micro-batch", "3"]
+    logged = scalars(run(script, tmp_path / "run", *flags))
+    assert logged["losses/clip_fraction"] == [0.0]
+    assert logged["losses/ratio"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_gcpo_with_chunks_of_one_step_trains_what_grpo_trains(tmp_path):
+    flags = ["--iterations", "1", "--updates", "1"]
+    a = load_file(run("grpo", tmp_path / "grpo", *flags) / "pytorch_lora_weights.safetensors")
+    b = load_file(run("gcpo", tmp_path / "gcpo", "--chunk-size", "1", *flags) / "pytorch_lora_weights.safetensors")
+    c = load_file(run("gcpo", tmp_path / "unequal", "--chunks", "1", "3", *flags) / "pytorch_lora_weights.safetensors")
+    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5 < max((a[n] - c[n]).abs().max() for n in a)
+
+
+def test_kl_is_zero_at_the_reference_and_positive_away_from_it(finished, tmp_path):
+    script, _ = finished
+    logged = scalars(run(script, tmp_path / "run", "--iterations", "2", "--updates", "1", "--beta", "0.1"))
+    assert logged["losses/kl"][0] == 0 and logged["losses/kl"][1] > 0
+
+
+@pytest.mark.parametrize("flags", ["--weighted --chunk-fraction 0.5", "--distance cosine --min-chunk 2", "--chunk-size 3"])
+def test_ways_to_chunk(flags, tmp_path):
+    run("gcpo", tmp_path / "run", "--iterations", "1", *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--normalize step", "--substeps 3 --sde flow"])
+def test_ways_to_credit(flags, tmp_path):
+    run("stepwise_grpo", tmp_path / "run", "--iterations", "1", *flags.split())
+
+
+def test_guidance_and_jpeg_reward(tmp_path):
+    run("grpo", tmp_path / "run", "--iterations", "1", "--guidance", "3", "--reward", "jpeg-compressibility")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_resumed_run_too(finished, tmp_path):
+    script, folder = finished
+    first = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    half = run(script, tmp_path / "half", "--iterations", "1")
+    assert (half / "pytorch_lora_weights.safetensors").read_bytes() != first
+    run(script, half, "--resume", str(half), "--iterations", "2", small=False)
+    assert (half / "pytorch_lora_weights.safetensors").read_bytes() == first
+    other = run(script, tmp_path / "other", "--iterations", "2", "--seed", "1")
+    assert (other / "pytorch_lora_weights.safetensors").read_bytes() != first
+
+
+def test_compiled_and_eager_agree(tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    a, b = (scalars(run("grpo", tmp_path / flag, "--iterations", "1", flag)) for flag in ("--compile", "--no-compile"))
+    assert a["charts/reward"] == b["charts/reward"]
+    assert a["losses/grad_norm"][0] == pytest.approx(b["losses/grad_norm"][0], rel=1e-3)
+
+
+def test_the_pipeline_that_ships_draws_in_stock_diffusers():
+    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "tiny-sd3")
+    assert pipe("two red circles", num_inference_steps=8).images[0].size == (64, 64)
+    assert sum(f.stat().st_size for f in (ROOT / "tiny-sd3").rglob("*")) < 12e6
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("grpo", "--model huge", "neither tiny"),
+        ("grpo", "--model tests", "model_index.json"),
+        ("grpo", "--reward beauty", "choose one of shapes"),
+        ("grpo", "--sde euler", "flow"),
+        ("grpo", "--dtype int8", "bfloat16"),
+        ("grpo", "--device tpu9", "not available"),
+        ("grpo", "--group-size 1", "at least 2"),
+        ("grpo", "--steps 1", "at least 2"),
+        ("grpo", "--iterations 0", "at least 1"),
+        ("grpo", "--prompts 0", "at least 1"),
+        ("grpo", "--updates 0", "at least 1"),
+        ("grpo", "--updates 100000", "more than the 256 images"),
+        ("grpo", "--micro-batch 0", "at least 1"),
+        ("grpo", "--lr 0", "positive"),
+        ("grpo", "--lr nan", "positive"),
+        ("grpo", "--clip -1", "positive"),
+        ("grpo", "--beta -1", "from 0 up"),
+        ("grpo", "--eta 0", "above 0"),
+        ("grpo", "--eta 1.5", "at most 1"),
+        ("grpo", "--step-fraction 0", "at most 1"),
+        ("grpo", "--step-fraction 1.1", "at most 1"),
+        ("grpo", "--output-dir tests", "already holds files"),
+        ("grpo", "--output-dir /dev/null/run", "cannot be written"),
+        ("grpo", "--resume nowhere", "not the folder of a run"),
+        ("grpo", "--colour red", "colour"),
+        ("gcpo", "--chunk-size 0", "at least 1"),
+        ("gcpo", "--chunk-size 8", "S = 7"),
+        ("gcpo", "--chunks 2 3", "S = 7"),
+        ("gcpo", "--chunks 8 -1", "S = 7"),
+        ("gcpo", "--chunk-size 2 --chunks 3 4", "exclude each other"),
+        ("gcpo", "--chunk-fraction 0", "at most 1"),
+        ("gcpo", "--min-chunk 0", "at least 1"),
+        ("gcpo", "--distance l3", "cosine"),
+        ("stepwise_grpo", "--substeps 0", "at least 1"),
+        ("stepwise_grpo", "--normalize all", "joint"),
+    ],
+)
+def test_bad_input_is_answered_in_a_sentence(script, flags, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_of_another_script_or_a_damaged_state_is_not_resumed(finished, tmp_path, capsys):
+    script, folder = finished
+    other = SCRIPTS[SCRIPTS.index(script) - 1]
+    with pytest.raises(SystemExit) as stop:
+        run(other, folder, "--resume", str(folder), small=False)
+    assert stop.value.code == 2 and f"was written by {script}.py" in capsys.readouterr().err
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop:
+        run(script, damaged, "--resume", str(damaged), "--iterations", "3", small=False)
+    assert stop.value.code == 2 and "cannot be resumed from" in capsys.readouterr().err
+
+
+def test_from_the_command_line_there_is_no_traceback():
+    done = subprocess.run([sys.executable, "gcpo.py", "--group-size", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == "error: --group-size 1 leaves nothing to compare within a group; it must be at least 2"
