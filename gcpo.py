@@ -37,13 +37,13 @@ class Args:
     """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
     reward: str = "shapes"
     """what images are rewarded for, a name in rewards.REWARDS"""
-    iterations: int = 60
+    iterations: int = 100
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
     """P: prompts an iteration"""
     group_size: int = 16
     """G: images a prompt, from the same initial noise"""
-    steps: int = 8
+    steps: int = 6
     """T: denoising steps; all but the last are stochastic and trainable"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
@@ -51,20 +51,20 @@ class Args:
     """transition kernel, see sampler.sde_step"""
     guidance: float = 1.0
     """classifier-free guidance scale; at most 1 is without"""
-    lr: float = 4e-4
+    lr: float = 1e-3
     """learning rate of AdamW"""
-    clip: float = 1e-4
+    clip: float = 3e-4
     """eps: how far a ratio may leave 1"""
     beta: float = 0.0
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
-    updates: int = 4
+    updates: int = 2
     """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
-    global_std: bool = False
-    """divide by the std of all rewards of the iteration instead of the group's"""
+    global_std: bool = True
+    """divide advantages by the std of all rewards of the iteration; --no-global-std: by each group's own"""
     chunk_size: int | None = None
     """chunks of this many steps, the remainder last; without it and --chunks the chunks are adaptive"""
     chunks: tuple[int, ...] | None = None
-    """explicit chunk sizes, such as 2 3 2; they must sum to the stochastic steps S = T - 1"""
+    """explicit chunk sizes, such as 2 3; they must sum to the stochastic steps S = T - 1"""
     min_chunk: int = 4
     """adaptive chunks no longer than this are not split further"""
     distance: Literal["l1", "l2", "cosine"] = "l1"
@@ -85,7 +85,7 @@ class Args:
     """folder of an interrupted run to continue"""
     eval_every: int = 10
     """iterations between evaluations on the held-out prompts"""
-    eval_steps: int = 8
+    eval_steps: int = 6
     """denoising steps of an evaluation, deterministic"""
     eval_images: int = 288
     """images of an evaluation"""

@@ -43,10 +43,14 @@ class Args:
     """peak learning rate of the autoencoder"""
     kl_weight: float = 3e-4
     """weight of the autoencoder's KL term, averaged over latent elements"""
-    steps: int = 2200
+    steps: int = 3600
     """optimizer steps of flow matching"""
     minutes: float = 0.0
     """if set, flow matching stops after this many minutes instead of --steps"""
+    loosen_steps: int = 400
+    """further steps, in which --wrong-captions of the captions belong to another scene"""
+    wrong_captions: float = 0.15
+    """share of wrong captions at the end: the model still draws crisply but follows a caption less, which RL can mend"""
     batch: int = 128
     """images a step of flow matching"""
     lr: float = 1e-3
@@ -144,7 +148,8 @@ def build_pipeline(seed=0):
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        # By default the scheduler ends a short schedule on a wasted step from sigma = 0.009; this one ends it at 0.2.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.2),
         vae=vae,
         text_encoder=text_encoders[0],
         tokenizer=tokenizer,
@@ -230,24 +235,28 @@ def train_flow(args, pipe, captions, latents, writer, state_path, log_dir, devic
     named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
     optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {n: p.detach().clone() for n, p in named.items()}
-    step, seconds = 0, 0.0
+    step, seconds, loosened = 0, 0.0, 0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         for n, p in named.items():
             p.data.copy_(state["parameters"][n])
-        ema, step, seconds = state["ema"], state["step"], state["seconds"]
+        ema, step, seconds, loosened = state["ema"], state["step"], state["seconds"], state["loosened"]
         optimizer.load_state_dict(state["optimizer"])
     torch.manual_seed(args.seed + step)
     captions = np.array(captions, dtype=object)
-    bar = tqdm(initial=step, total=None if args.minutes else args.steps, desc="flow matching")
+    bar = tqdm(initial=step, total=None if args.minutes else args.steps + args.loosen_steps, desc="flow matching")
     started = time.monotonic() - seconds
     finished = False
     while not finished:
         seconds = time.monotonic() - started
         progress = seconds / (60 * args.minutes) if args.minutes else step / args.steps
-        finished = progress >= 1
-        # Warm up, hold, and decay to zero over the last third.
+        # Warm up, hold, and decay to zero over the last third; then again from a half, with wrong captions.
         rate = args.lr * min(1.0, (step + 1) / 300, max(1e-3, 3 * (1 - progress)))
+        loosening = progress >= 1
+        if loosening:
+            rate = 0.5 * args.lr * (1 - loosened / max(1, args.loosen_steps))
+            loosened += 1
+        finished = loosening and loosened >= args.loosen_steps
         for group in optimizer.param_groups:
             group["lr"] = rate
         # The silent T5 appends rows of zeros to a caption: one in our scripts, 256 in diffusers by default. Every eighth
@@ -258,6 +267,9 @@ def train_flow(args, pipe, captions, latents, writer, state_path, log_dir, devic
         index = torch.randint(len(latents), (batch,))
         x0 = latents[index].to(device, torch.float32)
         texts = captions[index.numpy()]
+        if loosening:
+            wrong = torch.rand(batch).numpy() < args.wrong_captions
+            texts[wrong] = captions[torch.randint(len(latents), (int(wrong.sum()),)).numpy()]
         texts[torch.rand(batch).numpy() < args.caption_dropout] = ""
         unique, inverse = np.unique(texts.astype(str), return_inverse=True)
         noise = torch.randn_like(x0)
@@ -295,8 +307,8 @@ def train_flow(args, pipe, captions, latents, writer, state_path, log_dir, devic
             save_pipeline(pipe, args.output_dir)
             for n, p in named.items():
                 p.data.copy_(trained[n])
-            state = {"parameters": trained, "ema": ema, "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-            save_atomically(state, state_path)
+            state = {"parameters": trained, "ema": ema, "optimizer": optimizer.state_dict(), "step": step}
+            save_atomically(state | {"seconds": seconds, "loosened": loosened}, state_path)
     bar.close()
 
 

@@ -26,7 +26,7 @@ PROMPT_SETS = {  # name -> (category -> training prompts, category -> held-out p
 
 
 def shapes_score(images, prompts):
-    """Graded reward in [0, 1] of the shapes world: 0.6 · partial credit + 0.4 · strict verdict."""
+    """Graded reward in [0, 1] of the shapes world: 1 where the strict verdict holds, else 0.6 · partial credit."""
     return torch.from_numpy(shapes.judge(images.numpy(), prompts)[1])
 
 
