@@ -24,10 +24,12 @@ import torch
 import transformers
 import tyro
 from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rewards
@@ -69,11 +71,12 @@ def parse_args(Args, description):
         try:
             saved = json.loads((folder / "args.json").read_text())
             script = saved.pop("script")
+            if script != Path(sys.argv[0]).stem:
+                fail(f"--resume {folder} was written by {script}.py; resume it with that script")
+            saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
             args = Args(**{**saved, "resume": str(folder)})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            fail(f"--resume {folder} is not the folder of a run: it has no readable args.json of this script")
-        if script != Path(sys.argv[0]).stem:
-            fail(f"--resume {folder} was written by {script}.py; resume it with that script")
+            fail(f"--resume {folder} is not the folder of a run: it has no readable args.json")
         args = tyro.cli(Args, description=description, default=args)
         args.output_dir = str(folder)
     check(args)
@@ -355,13 +358,16 @@ def replacing(path):
 
 def save_lora(pipe, run_dir):
     """pytorch_lora_weights.safetensors, as StableDiffusion3Pipeline.load_lora_weights(run_dir) reads it."""
-    name = "pytorch_lora_weights.safetensors"
-    with replacing(run_dir / name) as temporary:
+    # diffusers' own file has two metadata entries, which safetensors writes in random order: other bytes every time. With
+    # this one alone, which holds the LoRA's alpha, the same weights are the same bytes.
+    config = {f"transformer.{name}": value for name, value in pipe.transformer.peft_config["default"].to_dict().items()}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True, default=sorted)}
+    with replacing(run_dir / "pytorch_lora_weights.safetensors") as temporary:
         StableDiffusion3Pipeline.save_lora_weights(
             run_dir,
             transformer_lora_layers=lora_state(pipe),
-            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
             weight_name=temporary.name,
+            save_function=lambda weights, path: save_file(weights, path, metadata),
         )
 
 
@@ -371,19 +377,21 @@ def save_state(path, pipe, optimizer, **rest):
         torch.save({"lora": lora_state(pipe), "optimizer": optimizer.state_dict(), **rest}, temporary)
 
 
-def load_state(path, pipe, optimizer):
-    """Restores LoRA and optimizer from `path` and returns the rest; a missing or unfit file ends the program."""
+def load_state(path, pipe, optimizer, iterations):
+    """Restores LoRA and optimizer from `path` and returns the rest; a missing, unfit or finished state ends the program."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         mismatch = set_peft_model_state_dict(pipe.transformer, state.pop("lora"))
         if mismatch.unexpected_keys:
             raise ValueError("other layers")
         optimizer.load_state_dict(state.pop("optimizer"))
-        return state
     except FileNotFoundError:
         fail(f"{path} does not exist: the run stopped before its first save, so start it again")
     except Exception as error:
         fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
+    if state["iteration"] >= iterations:
+        fail(f"the run already has its {state['iteration']} iterations; give a larger --iterations to go on")
+    return state
 
 
 def write_json(path, content):

@@ -170,13 +170,13 @@ if __name__ == "__main__":
     kernel = (sigma_max, args.eta, args.sde)
 
     # The base model's score, or where an interrupted run stopped
-    writer = SummaryWriter(run_dir)
     first, best_score, seconds = 0, -math.inf, 0.0
     if args.resume:
-        state = sampler.load_state(run_dir / "state.pt", pipe, optimizer)
+        state = sampler.load_state(run_dir / "state.pt", pipe, optimizer, args.iterations)
         first, best_score, seconds = state["iteration"], state["best_score"], state["seconds"]
         base_score, base_categories = state["base_score"], state["base_categories"]
-    else:
+    writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
+    if not args.resume:
         writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
         base_score, base_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
         writer.add_scalar("charts/held_out_score", base_score, 0)

@@ -63,7 +63,8 @@ def test_sde_steps_against_the_papers_formulas():
         "ddim": ((1 - n) * x0 + math.sqrt(n**2 - d**2) * x1, d),
     }
     for sde, (mean, std) in expected.items():
-        got = sampler.sde_step(*(torch.tensor([[t]], **F64) for t in (v, x)), torch.tensor([s], **F64), torch.tensor([n], **F64), 0.9, eta, sde)
+        tensors = [torch.tensor(t, **F64) for t in ([[v]], [[x]], [s], [n])]
+        got = sampler.sde_step(*tensors, 0.9, eta, sde)
         assert got[0].item() == pytest.approx(mean, abs=1e-12) and got[1].item() == pytest.approx(std, abs=1e-12)
 
 

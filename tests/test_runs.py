@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import pretrain
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
 SMALL = "--prompts 2 --group-size 4 --steps 5 --eval-images 12 --updates 2 --no-compile --dtype float32 --device cpu".split()
@@ -140,6 +142,16 @@ def test_the_pipeline_that_ships_draws_in_stock_diffusers():
     assert sum(f.stat().st_size for f in (ROOT / "tiny-sd3").rglob("*")) < 12e6
 
 
+def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):
+    small = dict(vae_steps=2, vae_batch=2, steps=2, batch=8, scenes=3000, loosen_steps=1, eval_every=2)
+    pretrain.main(pretrain.Args(output_dir=tmp_path / "mini", **small))
+    pretrain.main(pretrain.Args(output_dir=tmp_path / "mini", **{**small, "steps": 3, "loosen_steps": 2}))
+    assert torch.load(tmp_path / "mini-training" / "flow.pt", weights_only=True)["step"] >= 4
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "mini")
+    assert pipe("a circle", num_inference_steps=2).images[0].size == (64, 64)
+    assert (pipe.encode_prompt(["a"], None, None, do_classifier_free_guidance=False)[0][:, 10:] == 0).all()
+
+
 @pytest.mark.parametrize(
     "script, flags, message",
     [
@@ -189,12 +201,15 @@ def test_bad_input_is_answered_in_a_sentence(script, flags, message, capsys, mon
     assert message in capsys.readouterr().err
 
 
-def test_a_run_of_another_script_or_a_damaged_state_is_not_resumed(finished, tmp_path, capsys):
+def test_a_run_of_another_script_a_finished_or_a_damaged_one_is_not_resumed(finished, tmp_path, capsys):
     script, folder = finished
     other = SCRIPTS[SCRIPTS.index(script) - 1]
     with pytest.raises(SystemExit) as stop:
         run(other, folder, "--resume", str(folder), small=False)
     assert stop.value.code == 2 and f"was written by {script}.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run(script, folder, "--resume", str(folder), small=False)
+    assert stop.value.code == 2 and "already has its 2 iterations" in capsys.readouterr().err
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     (damaged / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:1000])
     with pytest.raises(SystemExit) as stop:

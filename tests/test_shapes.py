@@ -118,8 +118,9 @@ def test_training_and_held_out_prompts_share_no_combination():
         spec = shapes.SPECS[caption]
         if spec.category != "position":
             return spec.category, tuple(sorted(spec.objects, key=str))
-        a, b = (o[0] for o in spec.objects)
-        return (a, b, spec.relation) if spec.relation in ("left of", "above") else (b, a, {"right of": "left of"}.get(spec.relation, "above"))
+        a, b = (shape for shape, _ in spec.objects)
+        mirrored = {"right of": "left of", "below": "above"}
+        return (b, a, mirrored[spec.relation]) if spec.relation in mirrored else (a, b, spec.relation)
 
     train = {combination(c) for captions in shapes.TRAIN.values() for c in captions}
     held_out = {combination(c) for captions in shapes.HELD_OUT.values() for c in captions}
