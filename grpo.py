@@ -34,7 +34,7 @@ class Args:
     """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
     reward: str = "shapes"
     """what images are rewarded for, a name in rewards.REWARDS"""
-    iterations: int = 100
+    iterations: int = 200
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
     """P: prompts an iteration"""
@@ -150,9 +150,9 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
     if not args.resume:
         writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-        base_score, base_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+        base_score, base_categories, samples = sampler.evaluate(pipe, args, args.eval_steps)
         writer.add_scalar("charts/held_out_score", base_score, 0)
-        writer.add_image("held_out", sampler.save_grid(images, run_dir / "before.png"), 0, dataformats="HWC")
+        writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "before.png"), 0, dataformats="HWC")
         print(f"base model: held-out score {base_score:.3f}")
 
     bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True)
@@ -241,9 +241,9 @@ if __name__ == "__main__":
         bar.set_postfix(reward=f"{scores.mean():.3f}", held_out=f"{max(best_score, base_score):.3f}")
         finished = iteration + 1 == args.iterations
         if (iteration + 1) % args.eval_every == 0 or finished:
-            final_score, final_categories, images = sampler.evaluate(pipe, args, args.eval_steps)
+            final_score, final_categories, samples = sampler.evaluate(pipe, args, args.eval_steps)
             writer.add_scalar("charts/held_out_score", final_score, iteration + 1)
-            writer.add_image("held_out", sampler.save_grid(images, run_dir / "after.png"), iteration + 1, dataformats="HWC")
+            writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "after.png"), iteration + 1, dataformats="HWC")
             best_score = max(best_score, final_score)
             bar.write(f"iteration {iteration + 1}: held-out score {final_score:.3f}, reward {scores.mean():.3f}")
         if (iteration + 1) % args.save_every == 0 or finished or stop_requested:

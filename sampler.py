@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -322,13 +323,13 @@ def sample_ode(pipe, prompts, steps, args, seed=12345):
 
 
 def evaluate(pipe, args, steps):
-    """Scores the model on the held-out prompts of args.reward: (mean score, {category: score}, images)."""
+    """Scores the model on the held-out prompts of args.reward: (mean score, {category: score}, (images, prompts))."""
     prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args.reward, args.model)[1], args.eval_images)
     images = sample_ode(pipe, prompts, steps, args)
     reward = rewards.REWARDS[args.reward]
     scores = (reward.verdict or reward.score)(images, prompts).double().numpy()
     by_category = {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
-    return float(scores.mean()), by_category, images
+    return float(scores.mean()), by_category, (images, prompts)
 
 
 @contextmanager
@@ -399,12 +400,18 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def save_grid(images, path, columns=8):
-    """A PNG of up to eight rows of images; returns the grid as a (H, W, 3) uint8 array for TensorBoard."""
-    images = images[: len(images) // columns * columns or len(images)][: 8 * columns]
-    columns = min(columns, len(images))
-    tiles = [Image.fromarray(i) for i in (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()]
-    grid = make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
+def save_grid(images, captions, path, columns=8):
+    """A PNG of up to 48 evenly spaced images over their captions; returns it as a (H, W, 3) uint8 array for TensorBoard."""
+    picked = list(range(0, len(images), math.ceil(len(images) / 48)))
+    width = max(128, images.shape[-1])
+    tiles = []
+    for i in picked[: len(picked) // columns * columns or len(picked)]:
+        image = Image.fromarray((images[i].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+        tile = Image.new("RGB", (width + 4, width + 30), "white")
+        tile.paste(image.resize((width, width)), (2, 2))
+        ImageDraw.Draw(tile).text((4, width + 3), textwrap.fill(captions[i], width // 6, max_lines=2), fill="black")
+        tiles.append(tile)
+    grid = make_image_grid(tiles, rows=-(-len(tiles) // columns), cols=min(columns, len(tiles)))
     with replacing(path) as temporary:
         grid.save(temporary, format="PNG")
     return np.asarray(grid)

@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain
+import rewards
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
@@ -215,6 +217,25 @@ def test_a_run_of_another_script_a_finished_or_a_damaged_one_is_not_resumed(fini
     with pytest.raises(SystemExit) as stop:
         run(script, damaged, "--resume", str(damaged), "--iterations", "3", small=False)
     assert stop.value.code == 2 and "cannot be resumed from" in capsys.readouterr().err
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    broken = rewards.Reward(lambda images, prompts: torch.full((len(prompts),), torch.nan), "shapes", rewards.shapes_verdict)
+    monkeypatch.setitem(rewards.REWARDS, "broken", broken)
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit, match="iteration 0: reward broken is not finite"):
+            run(script, tmp_path / script, "--reward", "broken")
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path):
+    command = [sys.executable, "-u", "grpo.py", *SMALL, "--iterations", "1000", "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "base model" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "continue with --resume" in errors and "Traceback" not in errors
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] >= 1
 
 
 def test_from_the_command_line_there_is_no_traceback():
