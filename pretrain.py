@@ -254,8 +254,8 @@ def train_flow(args, pipe, captions, latents, writer, state_path, log_dir, devic
         rate = args.lr * min(1.0, (step + 1) / 300, max(1e-3, 3 * (1 - progress)))
         loosening = progress >= 1
         if loosening:
-            rate = 0.5 * args.lr * (1 - loosened / max(1, args.loosen_steps))
             loosened += 1
+            rate = 0.5 * args.lr * (1 - loosened / max(1, args.loosen_steps))
         finished = loosening and loosened >= args.loosen_steps
         for group in optimizer.param_groups:
             group["lr"] = rate
