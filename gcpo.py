@@ -37,7 +37,7 @@ class Args:
     """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
     reward: str = "shapes"
     """what images are rewarded for, a name in rewards.REWARDS"""
-    iterations: int = 200
+    iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
     """P: prompts an iteration"""
