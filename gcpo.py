@@ -7,7 +7,7 @@ Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the group + 1e-4), the advantage of every step                      (eq. 4)
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (eq. 4)
     r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
     loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta KL_j (eq. 14)
 
