@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -33,11 +34,13 @@ class Args:
     model: str = "tiny"
     """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
     reward: str = "shapes"
-    """what images are rewarded for, a name in rewards.REWARDS"""
+    """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
+    prompt_file: str = ""
+    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
     iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
-    """P: prompts an iteration"""
+    """P: prompts an iteration, over all processes"""
     group_size: int = 16
     """G: images a prompt, from the same initial noise"""
     steps: int = 6
@@ -50,6 +53,8 @@ class Args:
     """classifier-free guidance scale; at most 1 is without"""
     lr: float = 1e-3
     """learning rate of AdamW"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0 over --iterations"""
     clip: float = 3e-4
     """eps: how far a ratio may leave 1"""
     beta: float = 0.0
@@ -88,7 +93,7 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = True
     """compile the log-probability"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
     device: str = "auto"
     """auto, cpu or cuda"""
@@ -130,44 +135,52 @@ if __name__ == "__main__":
     stop_requested = []  # Ctrl-C finishes the iteration, saves and leaves; a second one leaves at once
     signal.signal(signal.SIGINT, lambda *_: stop_requested.append(1) if not stop_requested else signal.default_int_handler())
 
+    # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
+    rank, world = sampler.rank_world()
+
     # Optimizer, prompts, noise schedule
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
-    reward_function = rewards.REWARDS[args.reward]
-    train_prompts, _ = rewards.prompt_set(args.reward, args.model)
+    reward_function = rewards.build(args.reward)
+    train_prompts, _ = rewards.prompt_set(args)
     sigmas = sampler.schedule(pipe, args.steps, args.device)
     sigma_max = sigmas[1].item()
-    S, G, B = args.steps - 1, args.group_size, args.prompts * args.group_size
+    S, G, P = args.steps - 1, args.group_size, args.prompts // world
+    B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
+    mine = range(rank * B, (rank + 1) * B)
     shape = sampler.latent_shape(pipe, args.resolution)
     kernel = (sigma_max, args.eta, args.sde)
 
     # The base model's score, or where an interrupted run stopped
     first, best_score, seconds = 0, -math.inf, 0.0
     if args.resume:
-        state = sampler.load_state(run_dir / "state.pt", pipe, optimizer, args.iterations)
+        state = sampler.load_state(run_dir, pipe, optimizer, args)
         first, best_score, seconds = state["iteration"], state["best_score"], state["seconds"]
         base_score, base_categories = state["base_score"], state["base_categories"]
-    writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
-    if not args.resume:
-        writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    else:
         base_score, base_categories, samples = sampler.evaluate(pipe, args, args.eval_steps)
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
+    if rank == 0 and not args.resume:
+        writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
         writer.add_scalar("charts/held_out_score", base_score, 0)
         writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "before.png"), 0, dataformats="HWC")
         print(f"base model: held-out score {base_score:.3f}")
 
-    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True)
+    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True, disable=rank > 0)
     for iteration in bar:
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
         clock, stats = [time.monotonic()], defaultdict(list)
         rng = np.random.default_rng((args.seed, iteration))
-        prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)
+        prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
         text = sampler.encode(pipe, prompts, args)
-        group = torch.arange(args.prompts, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
+        group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
 
         # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
         trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
         log_prob_old = torch.empty(B, S, device=args.device)
         final = torch.empty(B, *shape, device=args.device)  # x_T
-        noises = [sampler.group_noise(args, iteration, p, shape) for p in range(args.prompts)]
+        noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises])  # (B, S, C, H, W)
         with torch.no_grad():
@@ -187,17 +200,16 @@ if __name__ == "__main__":
         # Reward and advantage
         images = sampler.decode(pipe, final, args.micro_batch)
         prompt_of = [prompts[p] for p in group.tolist()]
-        scores = reward_function.score(images, prompt_of).float()
-        if not scores.isfinite().all():
-            raise SystemExit(f"iteration {iteration}: reward {args.reward} is not finite; the last good state is kept in {run_dir}")
-        advantages = group_advantages(scores, G, args.global_std).to(args.device)
+        scores = sampler.gather(reward_function.score(images, prompt_of).to(args.device))
+        advantages = group_advantages(scores, G, args.global_std)
         kept = advantages.view(args.prompts, -1).any(1).repeat_interleave(G).nonzero().flatten().cpu().numpy()
+        advantages = advantages[mine.start : mine.stop]
         clock.append(time.monotonic())
 
         # Optimize: the (trajectory, step) pairs to train, in --updates parts
         for part in np.array_split(rng.permutation(kept), args.updates):
             drawn = math.ceil(args.step_fraction * S)
-            pairs = [(b, k) for b in part for k in rng.permutation(S)[:drawn]]
+            pairs = [(b - mine.start, k) for b in part for k in rng.permutation(S)[:drawn] if b in mine]
             for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
                 b, k = torch.tensor(micro, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
@@ -205,20 +217,23 @@ if __name__ == "__main__":
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
                 surrogate = clipped_loss(ratio, advantages[b], args.clip)
-                loss = surrogate.sum() / len(pairs)
+                loss = surrogate.sum() / (len(part) * drawn)
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
                         v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
-                    loss = loss + args.beta * kl.sum() / len(pairs)
+                    loss = loss + args.beta * kl.sum() / (len(part) * drawn)
                     stats["losses/kl"].append(kl.detach())
                 loss.backward()
                 stats["losses/ratio"].append(ratio.detach())
                 stats["losses/clip_fraction"].append(((ratio.detach() - 1).abs() > args.clip).float())
                 stats["losses/policy"].append(surrogate.detach())
             if len(part):
+                for p in parameters if world > 1 else ():
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    dist.all_reduce(p.grad)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 if not norm.isfinite():
                     raise SystemExit(f"iteration {iteration}: the gradient is not finite; the last good state is kept in {run_dir}")
@@ -230,29 +245,32 @@ if __name__ == "__main__":
         # Log, evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
         scalars["charts/reward"] = scores.mean().item()
-        scalars["charts/groups_with_spread"] = len(kept) / B
-        scalars["charts/learning_rate"] = args.lr
+        scalars["charts/groups_with_spread"] = len(kept) / len(scores)
+        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         for name, start, end in zip(("sample", "reward", "train"), clock, clock[1:]):
             scalars[f"time/{name}"] = end - start
         seconds += clock[-1] - clock[0]
-        scalars["charts/images_per_second"] = B / (clock[-1] - clock[0])
-        for name, value in scalars.items():
+        scalars["charts/images_per_second"] = len(scores) / (clock[-1] - clock[0])
+        for name, value in scalars.items() if rank == 0 else ():
             writer.add_scalar(name, value, iteration + 1)
         bar.set_postfix(reward=f"{scores.mean():.3f}", held_out=f"{max(best_score, base_score):.3f}")
         finished = iteration + 1 == args.iterations
         if (iteration + 1) % args.eval_every == 0 or finished:
             final_score, final_categories, samples = sampler.evaluate(pipe, args, args.eval_steps)
+            best_score = max(best_score, final_score)
+        if rank == 0 and ((iteration + 1) % args.eval_every == 0 or finished):
             writer.add_scalar("charts/held_out_score", final_score, iteration + 1)
             writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "after.png"), iteration + 1, dataformats="HWC")
-            best_score = max(best_score, final_score)
             bar.write(f"iteration {iteration + 1}: held-out score {final_score:.3f}, reward {scores.mean():.3f}")
-        if (iteration + 1) % args.save_every == 0 or finished or stop_requested:
+        stop = sampler.gather(torch.tensor([len(stop_requested)], device=args.device)).any()
+        if rank == 0 and ((iteration + 1) % args.save_every == 0 or finished or stop):
             rest = dict(iteration=iteration + 1, best_score=best_score, seconds=seconds)
             rest |= dict(base_score=base_score, base_categories=base_categories)
             sampler.save_state(run_dir / "state.pt", pipe, optimizer, **rest)
             sampler.save_lora(pipe, run_dir)
-        if stop_requested and not finished:
+        if stop and not finished:
             raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
 
-    writer.close()
-    sampler.report(args, Path(__file__).stem, run_dir, base_score, final_score, base_categories, final_categories, seconds)
+    if rank == 0:
+        writer.close()
+        sampler.report(args, Path(__file__).stem, run_dir, base_score, final_score, base_categories, final_categories, seconds)

@@ -5,6 +5,7 @@ sigma = sigmas[k] to x_{k+1} at sigma_next = sigmas[k + 1]. Papers count the oth
 Latents are (B, C, H, W), scaled as the transformer sees them; images are (B, 3, H, W) in [0, 1].
 """
 
+import atexit
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns at imp
 import diffusers
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 import tyro
 from diffusers import StableDiffusion3Pipeline
@@ -31,9 +33,9 @@ from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rewards
+import shapes
 
 MODELS = {
     "tiny": str(Path(__file__).parent / "tiny-sd3"),
@@ -41,12 +43,15 @@ MODELS = {
     "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
 }
 # The defaults in each script's Args are for the miniature. Everything else starts from Flow-GRPO's settings for
-# SD3.5-medium (https://arxiv.org/abs/2505.05470); a flag given on the command line always wins.
+# SD3.5-medium (https://arxiv.org/abs/2505.05470); a flag given on the command line always wins. Their `flow` kernel is the
+# one for a stock schedule, whose last but one sigma is 0.009: the std that `cps` and `ddim` then give the last trained
+# step is as small, and its gradient drowns the others.
 PRESETS = {
     "tiny": {},
     "other": dict(
-        reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, eta=0.7, guidance=4.5, lr=3e-4, clip=1e-4,
-        beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40, eval_images=64, gradient_checkpointing=True,
+        reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, eta=0.7, sde="flow", guidance=4.5, lr=3e-4,
+        anneal_lr=False, clip=1e-4, beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40, eval_images=64,
+        gradient_checkpointing=True,
     ),
 }  # fmt: skip
 LORA_TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
@@ -81,17 +86,39 @@ def parse_args(Args, description):
         args = tyro.cli(Args, description=description, default=args)
         args.output_dir = str(folder)
     check(args)
+    if args.resume and not (Path(args.resume) / "state.pt").exists():
+        args.resume = ""  # it was killed before its first save, so it begins again in its folder
     return args
 
 
-def check(args):
-    """Answers bad values with one sentence, before anything slow starts."""
-    if args.reward not in rewards.REWARDS:
-        fail(f"--reward {args.reward} is unknown; choose one of {', '.join(rewards.REWARDS)}")
+def rank_world():
+    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(rows):
+    """The rows of all ranks (world · n, ...) in rank order, from this rank's (n, ...)."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def check_model_and_reward(args):
+    try:
+        rewards.prompt_set(args)
+    except (OSError, ValueError) as error:
+        fail(str(error))
     if args.model not in MODELS and not Path(args.model).is_dir() and args.model.count("/") != 1:
         fail(f"--model {args.model} is neither {', '.join(MODELS)} nor a folder nor a hub id like owner/name")
     if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
         fail(f"--model {args.model} has no model_index.json, so it is not a pipeline saved by diffusers")
+
+
+def check(args):
+    """Answers bad values with one sentence, before anything slow starts."""
+    check_model_and_reward(args)
     if args.group_size < 2:
         fail(f"--group-size {args.group_size} leaves nothing to compare within a group; it must be at least 2")
     if args.steps < 2:
@@ -112,60 +139,99 @@ def check(args):
     limit = 1.0 if args.sde in ("cps", "ddim") else math.inf
     if not 0 < args.eta <= limit:
         fail(f"--eta {args.eta} must be above 0{' and at most 1' if limit == 1 else ''} for --sde {args.sde}")
+    if args.prompts % rank_world()[1]:
+        fail(f"--prompts {args.prompts} cannot be shared equally by {rank_world()[1]} processes; it must be a multiple of that")
     if args.updates > args.prompts * args.group_size:
         fail(f"--updates {args.updates} is more than the {args.prompts * args.group_size} images of an iteration")
     try:
         torch.empty(0, device="cpu" if args.device == "auto" else args.device)
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device} is not available; use auto, cpu or cuda")
-    if not args.resume and args.output_dir and Path(args.output_dir).exists():
-        if not Path(args.output_dir).is_dir() or any(Path(args.output_dir).iterdir()):
+    if rank_world()[0] == 0 and not args.resume and args.output_dir and Path(args.output_dir).exists():
+        if not Path(args.output_dir).is_dir() or any(Path(args.output_dir).glob("[!.]*")):
             fail(f"--output-dir {args.output_dir} already holds files; name a new folder, or continue the run with --resume")
 
 
-def start_run(args, script):
-    """Resolves what args leaves open, makes the run's folder with args.json in it and loads the pipeline.
-
-    Returns (folder, pipeline with a fresh LoRA). A folder that cannot be written or weights that cannot be loaded end
-    the program before anything is lost.
-    """
+def resolve_device(args):
+    """Replaces `auto` in args.device and args.dtype by what this machine is fastest with; quiets the libraries."""
+    sys.excepthook = explain_exception
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
-    if not args.output_dir:
-        name = Path(args.model).name
-        args.output_dir = f"runs/{script}__{name}__{args.reward}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    else:
+        # PyTorch's fused CPU attention is slow in the backward pass of short sequences. Switched off here and not around
+        # the forward pass, because gradient checkpointing runs that again during the backward pass.
+        torch.backends.cuda.enable_flash_sdp(False)
     if args.dtype == "auto":
         # bfloat16 only where the processor multiplies it natively; elsewhere it is emulated and slower than float32.
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else native
         args.dtype = "bfloat16" if fast else "float32"
+
+
+def start_run(args, script):
+    """Resolves what args leaves open, joins the other processes, makes the run's folder with args.json, loads the pipeline.
+
+    Returns (folder, pipeline with a fresh LoRA). A folder that cannot be written or weights that cannot be loaded end
+    the program before anything is lost. Only rank 0 prints and writes.
+    """
+    rank, world = rank_world()
+    resolve_device(args)
+    if not args.output_dir:
+        name = Path(args.model).name
+        args.output_dir = f"runs/{script}__{name}__{args.reward}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if world > 1:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        atexit.register(dist.destroy_process_group)
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same")
+        print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same" * (rank == 0))
         args.compile = False
     torch.compiler.set_stance("default" if args.compile else "force_eager")
     torch.manual_seed(args.seed)
-    print(f"{script}: " + ", ".join(f"{name} {value}" for name, value in asdict(args).items() if value not in (None, "")))
     run_dir = Path(args.output_dir)
+    if rank == 0:
+        print(f"{script}: " + ", ".join(f"{name} {value}" for name, value in asdict(args).items() if value not in (None, "")))
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / ".writable").touch()
+            (run_dir / ".writable").unlink()
+        except OSError as error:
+            fail(f"--output-dir {run_dir} cannot be written: {error.strerror}")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(run_dir / "args.json") as temporary:
-            temporary.touch()
-            pipe = load_pipeline(args)
-            temporary.write_text(json.dumps({"script": script, **asdict(args)}, indent=2) + "\n")
-    except OSError as error:
-        fail(f"--output-dir {run_dir} cannot be written: {error.strerror}")
+        rewards.load(args.reward)
+    except ValueError as error:
+        fail(str(error))
+    pipe = load_pipeline(args)
+    if rank == 0 and not args.resume:
+        write_json(run_dir / "args.json", {"script": script, **asdict(args)})
     return run_dir, pipe
+
+
+def explain_exception(kind, error, traceback):
+    """Python's own report of an uncaught exception, except that an out-of-memory error names the flags that lower memory."""
+    if not issubclass(kind, torch.OutOfMemoryError):
+        return sys.__excepthook__(kind, error, traceback)
+    print(
+        "error: the GPU is out of memory; the last saved state is kept. These flags lower it: --micro-batch, "
+        "--gradient-checkpointing, --resolution, --dtype bfloat16, --rank",
+        file=sys.stderr,
+    )
 
 
 def load_pipeline(args):
     """The pipeline with a fresh LoRA on its transformer: frozen weights in args.dtype, LoRA weights in float32."""
     dtype = getattr(torch, args.dtype)
+    # On a GPU the text encoders are too large for float32 (T5 alone 19 GB); on a CPU there is room for exactness.
+    dtypes = {"vae": torch.float32, "transformer": dtype, "default": torch.float32 if args.device == "cpu" else dtype}
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(MODELS.get(args.model, args.model), dtype=torch.float32)
+        pipe = StableDiffusion3Pipeline.from_pretrained(MODELS.get(args.model, args.model), dtype=dtypes)
     except (OSError, ValueError) as error:
         name = MODELS.get(args.model, args.model)
         if Path(name).is_dir():
@@ -177,7 +243,12 @@ def load_pipeline(args):
     for module in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if module is not None:
             module.requires_grad_(False)
-    pipe.transformer.to(dtype)
+    size, factor = pipe.transformer.config.sample_size, pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    if args.resolution % factor or args.resolution > pipe.transformer.config.pos_embed_max_size * factor:
+        limit = pipe.transformer.config.pos_embed_max_size * factor
+        fail(f"--resolution {args.resolution} must be a multiple of {factor} up to {limit} for this model, or 0 for its own")
+    if "shapes" in rewards.weights(args.reward) and (args.resolution or size * pipe.vae_scale_factor) != shapes.SIZE:
+        fail(f"--reward shapes judges {shapes.SIZE} x {shapes.SIZE} images, which this model does not make; take another reward")
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
     pipe.transformer.add_adapter(lora)
     cast_training_params(pipe.transformer, torch.float32)
@@ -185,6 +256,8 @@ def load_pipeline(args):
         pipe.transformer.enable_gradient_checkpointing()
     pipe.transformer.to(args.device)
     pipe.vae.to(args.device)
+    if args.device != "cpu":
+        pipe.vae.enable_slicing()  # decodes one image at a time, whose activations are what fills a GPU's memory
     return pipe
 
 
@@ -211,6 +284,9 @@ def encode(pipe, prompts, args):
     """Text of P prompts, each encoded once. The text encoders are on the device only while a prompt is new to them."""
     encoded = pipe.__dict__.setdefault("encoded_prompts", {})  # prompt -> (embeds (L, D), pooled (E,)), on the CPU
     new = [p for p in dict.fromkeys([*prompts, ""]) if p not in encoded]
+    if len(encoded) + len(new) > 4096:  # a prompt of the full model is 2 MB
+        encoded.clear()
+        new = list(dict.fromkeys([*prompts, ""]))
     if new:
         text_encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
         for encoder in text_encoders:
@@ -236,10 +312,7 @@ def velocity(pipe, x, sigma, text, args):
         embeds = torch.cat([text.empty_embeds.expand_as(embeds), embeds])
         pooled = torch.cat([text.empty_pooled.expand_as(pooled), pooled])
         x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-    # PyTorch's fused CPU attention is slow in the backward pass of short sequences, so the plain one is used there.
-    backends = [SDPBackend.MATH] if x.device.type == "cpu" else [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32), sdpa_kernel(backends):
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         v = pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0].float()
     if guided:
         v_empty, v = v.chunk(2)
@@ -308,28 +381,42 @@ def group_noise(args, iteration, group, shape):
 
 
 @torch.no_grad()
-def sample_ode(pipe, prompts, steps, args, seed=12345):
-    """Images (B, 3, H, W) of B prompts by `steps` Euler steps, from noise that depends on `seed` and the position alone."""
+def sample_ode(pipe, prompts, noise, steps, args, tuned_steps=None):
+    """Images (B, 3, H, W) of B prompts by `steps` Euler steps from noise (B, C, H, W).
+
+    The LoRA takes part in the first `tuned_steps` of them (None: in all), the model without it does the rest.
+    """
     text = encode(pipe, prompts, args)
     sigmas = schedule(pipe, steps, args.device)
-    noise = torch.randn(len(prompts), *latent_shape(pipe, args.resolution), generator=torch.Generator().manual_seed(seed))
     images = []
     for rows in torch.arange(len(prompts)).split(args.micro_batch):
         x = noise[rows].to(args.device)
         for k in range(steps):
-            x = x + velocity(pipe, x, sigmas[k].expand(len(rows)), text[rows], args) * (sigmas[k + 1] - sigmas[k])
+            with nullcontext() if tuned_steps is None or k < tuned_steps else adapter_off(pipe):
+                v = velocity(pipe, x, sigmas[k].expand(len(rows)), text[rows], args)
+            x = x + v * (sigmas[k + 1] - sigmas[k])
         images.append(decode(pipe, x, args.micro_batch))
     return torch.cat(images)
 
 
-def evaluate(pipe, args, steps):
-    """Scores the model on the held-out prompts of args.reward: (mean score, {category: score}, (images, prompts))."""
-    prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args.reward, args.model)[1], args.eval_images)
-    images = sample_ode(pipe, prompts, steps, args)
-    reward = rewards.REWARDS[args.reward]
-    scores = (reward.verdict or reward.score)(images, prompts).double().numpy()
+def evaluate(pipe, args, steps, tuned_steps=None):
+    """Scores the model on held-out prompts, always from the same noise: (mean score, {category: score}, (images, prompts)).
+
+    The ranks share the images; those returned are the rank's own.
+    """
+    rank, world = rank_world()
+    prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args)[1], args.eval_images)
+    noise = torch.randn(len(prompts), *latent_shape(pipe, args.resolution), generator=torch.Generator().manual_seed(12345))
+    mine = prompts[rank::world]
+    images = sample_ode(pipe, mine, noise[rank::world], steps, args, tuned_steps)
+    scores = np.zeros(len(prompts))
+    scores[rank::world] = rewards.build(args.reward).verdict(images, mine).double().numpy()
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, scores)
+        scores = np.sum(parts, axis=0)
     by_category = {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
-    return float(scores.mean()), by_category, (images, prompts)
+    return float(scores.mean()), by_category, (images, mine)
 
 
 @contextmanager
@@ -378,20 +465,21 @@ def save_state(path, pipe, optimizer, **rest):
         torch.save({"lora": lora_state(pipe), "optimizer": optimizer.state_dict(), **rest}, temporary)
 
 
-def load_state(path, pipe, optimizer, iterations):
-    """Restores LoRA and optimizer from `path` and returns the rest; a missing, unfit or finished state ends the program."""
+def load_state(run_dir, pipe, optimizer, args):
+    """Restores LoRA and optimizer of a run and returns the rest; a missing, unfit or finished state ends the program."""
+    path = run_dir / "state.pt"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         mismatch = set_peft_model_state_dict(pipe.transformer, state.pop("lora"))
         if mismatch.unexpected_keys:
             raise ValueError("other layers")
         optimizer.load_state_dict(state.pop("optimizer"))
-    except FileNotFoundError:
-        fail(f"{path} does not exist: the run stopped before its first save, so start it again")
     except Exception as error:
         fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
-    if state["iteration"] >= iterations:
+    if state["iteration"] >= args.iterations:
         fail(f"the run already has its {state['iteration']} iterations; give a larger --iterations to go on")
+    if rank_world()[0] == 0:
+        write_json(run_dir / "args.json", {**json.loads((run_dir / "args.json").read_text()), **asdict(args)})
     return state
 
 

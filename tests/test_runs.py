@@ -159,7 +159,20 @@ def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):
     [
         ("grpo", "--model huge", "neither tiny"),
         ("grpo", "--model tests", "model_index.json"),
-        ("grpo", "--reward beauty", "choose one of shapes"),
+        ("grpo", "--reward beauty", "choose of shapes"),
+        ("grpo", "--reward shapes=0.5,beauty=0.5", "choose of shapes"),
+        ("grpo", "--reward shapes=much", "must be a number"),
+        ("grpo", "--reward ocr", "no text in double quotes"),
+        ("grpo", "--reward geneval", "GenEval's templates"),
+        ("grpo", "--prompt-file nowhere.txt", "cannot be read: No such file"),
+        ("grpo", "--prompt-file tests", "cannot be read: Is a directory"),
+        ("grpo", "--prompt-file /dev/null", "holds no prompt"),
+        ("grpo", "--prompt-file docs/after.png", "not UTF-8"),
+        ("grpo", "--prompt-file LICENSE", "not a caption of the shapes world"),
+        ("grpo", "--prompt-file LICENSE --reward ocr", "no text in double quotes"),
+        ("grpo", "--resolution 100", "multiple of 16"),
+        ("grpo", "--resolution 128", "up to 64"),
+        ("grpo", "--resolution 32", "judges 64 x 64 images"),
         ("grpo", "--sde euler", "flow"),
         ("grpo", "--dtype int8", "bfloat16"),
         ("grpo", "--device tpu9", "not available"),
@@ -223,8 +236,8 @@ def test_a_reward_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     broken = rewards.Reward(lambda images, prompts: torch.full((len(prompts),), torch.nan), "shapes", rewards.shapes_verdict)
     monkeypatch.setitem(rewards.REWARDS, "broken", broken)
     for script in SCRIPTS:
-        with pytest.raises(SystemExit, match="iteration 0: reward broken is not finite"):
-            run(script, tmp_path / script, "--reward", "broken")
+        with pytest.raises(SystemExit, match="reward broken is not finite"):
+            run(script, tmp_path / script, "--reward", "shapes=0.5,broken=0.5")
 
 
 def test_ctrl_c_saves_and_leaves(tmp_path):

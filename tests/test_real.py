@@ -1,0 +1,417 @@
+"""What the real model needs: the full pipeline with T5, the rewards made of networks, several processes, and being killed."""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from test_runs import ROOT, SCRIPTS, SMALL, run, scalars
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SwinConfig,
+)
+
+import grpo
+import pretrain
+import rewards
+import sampler
+
+LORA = "pytorch_lora_weights.safetensors"
+# The presets of the real model, at a size that a test can afford.
+FULL = "--resolution 64 --guidance 1 --prompts 2 --group-size 4 --eval-images 4 --eval-steps 4 --text-length 8".split()
+FULL += "--dtype float32 --device cpu --no-compile".split()
+
+
+def run_full(script, folder, model, *flags):
+    chunks = ["--chunk-size", "4"] if script == "gcpo" else []
+    return run(script, folder, "--model", str(model), *FULL, *chunks, *flags, small=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_full_pipeline_trains_resumes_and_its_lora_loads(script, full_sd3, tmp_path):
+    folder = run_full(script, tmp_path / "run", full_sd3, "--iterations", "2", "--beta", "0.04")
+    args = json.loads((folder / "args.json").read_text())
+    assert args["reward"] == "jpeg-compressibility" and args["sde"] == "flow" and args["gradient_checkpointing"]
+    assert json.loads((folder / "result.json").read_text())["train_images"] == 16
+    half = run_full(script, tmp_path / "half", full_sd3, "--iterations", "1", "--beta", "0.04")
+    run(script, half, "--resume", str(half), "--iterations", "2", small=False)
+    assert (half / LORA).read_bytes() == (folder / LORA).read_bytes()
+    pipe = StableDiffusion3Pipeline.from_pretrained(full_sd3)
+    options = dict(num_inference_steps=2, height=64, width=64, output_type="latent", max_sequence_length=8)
+    before = pipe("a horse", generator=torch.Generator().manual_seed(0), **options).images
+    pipe.load_lora_weights(folder)
+    assert not torch.equal(pipe("a horse", generator=torch.Generator().manual_seed(0), **options).images, before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_full_pipeline_learns_jpeg_compressibility(script, full_sd3, tmp_path):
+    flags = "--iterations 12 --steps 6 --prompts 4 --group-size 8 --lr 3e-3 --clip 1e-3 --micro-batch 64"
+    folder = run_full(script, tmp_path / "run", full_sd3, "--no-gradient-checkpointing", *flags.split())
+    result = json.loads((folder / "result.json").read_text())
+    assert result["final_score"] > result["base_score"] + 0.02
+
+
+def test_the_full_pipeline_is_read_by_its_third_text_encoder(full_sd3):
+    args = grpo.Args(model=str(full_sd3), device="cpu", dtype="float32", text_length=8)
+    pipe = sampler.load_pipeline(args)
+    text = sampler.encode(pipe, ["a horse", "a sign", "a horse"], args)
+    assert text.embeds.shape == (3, 10 + 8, 128) and text.pooled.shape == (3, 128)
+    assert torch.equal(text.embeds[0], text.embeds[2]) and not torch.equal(text.embeds[0, 10:], text.embeds[1, 10:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ocr_rewards_the_full_pipeline(script, full_sd3, tmp_path):
+    pytest.importorskip("rapidocr"), pytest.importorskip("rapidfuzz")
+    folder = run_full(script, tmp_path / "run", full_sd3, "--iterations", "1", "--reward", "ocr=0.8,jpeg-compressibility=0.2")
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result["base_categories"]) <= set(rewards.SURFACES)
+
+
+def test_presets_give_way_to_flags(monkeypatch):
+    def parse(*flags):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
+        return sampler.parse_args(grpo.Args, None)
+
+    args = parse("--model", "sd3", "--guidance", "7", "--no-gradient-checkpointing")
+    assert (args.resolution, args.steps, args.lr, args.clip, args.rank) == (512, 10, 3e-4, 1e-4, 32)
+    assert args.guidance == 7 and not args.gradient_checkpointing
+    assert parse().resolution == 0
+
+
+def test_weights_that_cannot_be_had_are_explained(tmp_path):
+    command = [sys.executable, "gcpo.py", "--model", "sd3", "--chunk-size", "3", "--output-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for hint in ("https://huggingface.co/stabilityai/stable-diffusion-3.5-medium", "hf auth login", "--model tiny"):
+        assert hint in done.stderr
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_train_what_one_does(script, tmp_path):
+    flags = [*SMALL, "--prompts", "4", "--iterations", "3", "--eval-every", "3", "--step-fraction", "0.5", "--beta", "0.01"]
+    if script == "gcpo":
+        flags[flags.index("--step-fraction")] = "--chunk-fraction"
+        flags += ["--weighted", "--min-chunk", "2"]
+    one = run(script, tmp_path / "one", *flags, small=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, f"{script}.py", *flags, "--output-dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = load_file(one / LORA), load_file(tmp_path / "two" / LORA)
+    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
+    start = load_file(run(script, tmp_path / "start", *flags, "--iterations", "1", small=False) / LORA)
+    assert max((a[n] - start[n]).abs().max() for n in a) > 1e-3
+    assert scalars(one)["charts/reward"] == pytest.approx(scalars(tmp_path / "two")["charts/reward"], abs=1e-4)
+    x, y = (json.loads((f / "result.json").read_text())["final_score"] for f in (one, tmp_path / "two"))
+    assert x == pytest.approx(y, abs=1 / 12)  # at most one image of twelve is judged otherwise
+
+
+def test_processes_share_prompts_equally(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--prompts", "4"])
+    with pytest.raises(SystemExit) as stop:
+        sampler.parse_args(grpo.Args, None)
+    assert stop.value.code == 2 and "multiple" in capsys.readouterr().err
+
+
+# Being killed
+
+
+def train_quietly(script, flags):
+    os.chdir(ROOT)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *flags]
+    runpy.run_path(f"{script}.py", run_name="__main__")
+
+
+def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes(tmp_path):
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything and run nothing
+    context.set_forkserver_preload(["sampler", "torch.utils.tensorboard", "peft.tuners.lora"])
+
+    def start(folder, resume=False):
+        fresh = [*SMALL, "--iterations", "4", "--save-every", "1", "--eval-every", "2", "--output-dir", str(folder)]
+        process = context.Process(target=train_quietly, args=("gcpo", ["--resume", str(folder)] if resume else fresh))
+        process.start()
+        return process
+
+    began = time.monotonic()
+    start(tmp_path / "whole").join()
+    whole = time.monotonic() - began
+    expected = (tmp_path / "whole" / LORA).read_bytes()
+    moments = random.Random(0)
+    killed = 0
+    for i in range(20):
+        folder = tmp_path / str(i)
+        process = start(folder)
+        time.sleep(moments.uniform(0, whole))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if not (folder / "result.json").exists():
+            process = start(folder, resume=(folder / "args.json").exists())
+            process.join()
+            assert process.exitcode == 0
+        assert (folder / LORA).read_bytes() == expected, f"kill {i}"
+        assert not list(folder.glob(".*tmp*")) or process.exitcode == -signal.SIGKILL
+    assert killed >= 15  # else the moments came after the end and the test shows nothing
+
+
+# evaluate.py
+
+
+def evaluate(*flags):
+    argv, sys.argv = sys.argv, ["evaluate.py", *flags]
+    try:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+def test_evaluate_scores_a_run_and_its_hybrids(tmp_path):
+    folder = run("grpo", tmp_path / "run", "--iterations", "2", "--lr", "1e-2")
+    result = json.loads((folder / "result.json").read_text())
+    common = ["--dtype", "float32", "--device", "cpu", "--lora", str(folder)]
+    scores = {}
+    for hybrid in ("0", "0.5", "1"):
+        evaluate(*common, "--hybrid", hybrid, "--output-dir", str(tmp_path / hybrid))
+        scores[hybrid] = json.loads((tmp_path / hybrid / "evaluation.json").read_text())
+    assert scores["1"]["score"] == result["final_score"] and scores["1"]["categories"] == result["final_categories"]
+    assert scores["0"]["score"] == result["base_score"] and scores["0.5"]["tuned_steps"] == 3
+    images = [np.asarray(Image.open(tmp_path / hybrid / "evaluation.png")) for hybrid in scores]
+    assert (images[0] != images[1]).any() and (images[1] != images[2]).any()
+    evaluate("--eval-images", "6", "--steps", "2", "--device", "cpu", "--output-dir", str(tmp_path / "base"))
+    assert json.loads((tmp_path / "base" / "evaluation.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lora nowhere", "not the folder of a run"),
+        ("--hybrid 2", "from 0 to 1"),
+        ("--steps 0", "at least 1"),
+        ("--model huge", "neither tiny"),
+        ("--reward beauty", "choose of shapes"),
+    ],
+)
+def test_evaluate_answers_bad_input(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*flags.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_lora_of_another_model(full_sd3, tmp_path, capsys):
+    folder = run("grpo", tmp_path / "run", "--iterations", "1")
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*f"--lora {folder} --model {full_sd3} --reward jpeg-compressibility --device cpu".split())
+    assert stop.value.code == 2 and "does not load" in capsys.readouterr().err
+
+
+# Rewards
+
+
+def test_a_weighted_sum_is_the_sum():
+    images, prompts = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)), ["a circle"] * 3
+    both = rewards.build("jpeg-compressibility=0.5,shapes=2").score(images, prompts)
+    single = [rewards.REWARDS[name].score(images, prompts) for name in ("jpeg-compressibility", "shapes")]
+    torch.testing.assert_close(both, (0.5 * single[0] + 2 * single[1]).float())
+    assert rewards.weights("ocr=0.8,pickscore=0.2") == {"ocr": 0.8, "pickscore": 0.2}
+
+
+@pytest.mark.parametrize("name", rewards.PROMPT_SETS)
+def test_prompt_sets_share_no_prompt_and_fit_their_rewards(name):
+    train, held_out = rewards.PROMPT_SETS[name]
+    a, b = (set().union(*half.values()) for half in (train, held_out))
+    assert a and b and not a & b and all(train.values()) and all(held_out.values())
+    for reward in rewards.REWARDS.values():
+        if reward.prompts == name:
+            assert all(reward.check(prompt) is not False for prompt in a | b)
+
+
+def test_a_prompt_file_is_split(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\na dog \na cow\na cat\na fox\na hen\n")
+    args = grpo.Args(model="sd3", reward="clip", prompt_file=str(path))
+    assert rewards.prompt_set(args) == ({"prompts": ["a dog", "a cow", "a fox"]}, {"prompts": ["a cat", "a hen"]})
+    path.write_text("a cat\n")
+    assert rewards.prompt_set(args) == ({"prompts": ["a cat"]}, {"prompts": ["a cat"]})
+
+
+@pytest.fixture
+def tiny_networks(tmp_path, monkeypatch):
+    """Random networks of the rewards' classes, in the place of the real ones."""
+    torch.manual_seed(0)
+    tokenizer = pretrain.build_tokenizer()
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vocabulary = dict(vocab_size=len(tokenizer), max_position_embeddings=10, eos_token_id=tokenizer.eos_token_id)
+    config = CLIPConfig(text_config=small | vocabulary, vision_config=small | dict(image_size=32, patch_size=16), projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    size = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(tmp_path / "clip")
+    swin = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    detector = Mask2FormerConfig(
+        backbone_config=swin, hidden_dim=32, feature_size=32, mask_feature_size=32, num_queries=12, num_labels=80, encoder_layers=1,
+        decoder_layers=2, num_attention_heads=2, dim_feedforward=32, encoder_feedforward_dim=32,
+    )  # fmt: skip
+    Mask2FormerForUniversalSegmentation(detector).save_pretrained(tmp_path / "mask2former")
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "mask2former")
+    paths = dict.fromkeys(("clip", "pickscore", "pickscore processor"), str(tmp_path / "clip"))
+    monkeypatch.setattr(rewards, "CHECKPOINTS", {**paths, "mask2former": str(tmp_path / "mask2former")})
+    rewards.load_clip.cache_clear(), rewards.load_detector.cache_clear()
+    yield tmp_path
+    rewards.load_clip.cache_clear(), rewards.load_detector.cache_clear()
+
+
+def test_clip_and_pickscore_are_the_models_own_logits(tiny_networks):
+    images = torch.rand(3, 3, 40, 48, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle", "a circle and a square", "a red circle"]
+    model = CLIPModel.from_pretrained(tiny_networks / "clip").eval()
+    processor = CLIPProcessor.from_pretrained(tiny_networks / "clip")
+    pictures = [Image.fromarray(image) for image in rewards.to_uint8(images)]
+    inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_image.diagonal()
+    torch.testing.assert_close(rewards.clip(images, prompts), logits / model.logit_scale.exp().item(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(rewards.pickscore(images, prompts), logits / 26, atol=1e-4, rtol=1e-4)
+
+
+def test_geneval_runs_from_pixels_to_verdict(tiny_networks, monkeypatch):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = ["a photo of a red dog", "a photo of two dogs"]
+    found = rewards.geneval_detect(rewards.to_uint8(images)[0], 0.0)
+    boxes = [box for boxes in found.values() for box in boxes]
+    assert boxes and set(found) <= set(rewards.COCO) and all(b.mask.shape == (64, 64) and b.mask.any() for b in boxes)
+    assert all(b.x - b.width / 2 >= 0 and b.x + b.width / 2 <= 64 for b in boxes)
+    colours = rewards.geneval_colours(rewards.to_uint8(images)[0], boxes[:3], "dog")
+    assert len(colours) == len(boxes[:3]) and set(colours) <= set(rewards.COLOURS)
+    thresholds = []
+    monkeypatch.setattr(rewards, "geneval_detect", lambda image, threshold: thresholds.append(threshold) or {"dog": boxes[:1]})
+    score = rewards.REWARDS["geneval"].score(images, prompts)
+    assert thresholds == [0.3, 0.9] and score[1] == 0.5 and score[0] in (0.5, 1.0)
+    assert rewards.REWARDS["geneval"].verdict(images, prompts).tolist() == [float(score[0] == 1), 0.0]
+
+
+def box(x, y, size=20, confidence=0.9):
+    return rewards.Box(x, y, size, size, confidence)
+
+
+def red_left(boxes, name):
+    """A classifier to whom everything left of x = 50 is red and the rest blue."""
+    return ["red" if b.x < 50 else "blue" for b in boxes]
+
+
+@pytest.mark.parametrize(
+    "prompt, objects, strict, graded",
+    [
+        ("a dog", {"dog": [box(20, 20)]}, True, 1.0),
+        ("a dog", {"dog": [box(20, 20), box(60, 20)]}, True, 0.0),  # GenEval asks for one at least, Flow-GRPO counts
+        ("a dog", {"cat": [box(20, 20)]}, False, 0.0),
+        ("a dog and a cat", {"dog": [box(20, 20)], "cat": [box(60, 20)]}, True, 1.0),
+        ("a dog and a cat", {"dog": [box(20, 20)]}, False, 0.5),
+        ("three dogs", {"dog": [box(20, 20), box(60, 20), box(20, 60)]}, True, 1.0),
+        ("three dogs", {"dog": [box(20, 20), box(60, 20)]}, False, 2 / 3),
+        ("three dogs", {"dog": [box(20 * i, 20) for i in range(4)]}, False, 2 / 3),
+        ("a red dog", {"dog": [box(20, 20)]}, True, 1.0),
+        ("a red dog", {"dog": [box(80, 20)]}, False, 0.5),
+        ("a red dog", {}, False, 0.0),
+        ("a dog left of a cat", {"dog": [box(20, 20)], "cat": [box(80, 20)]}, True, 1.0),
+        ("a dog right of a cat", {"dog": [box(20, 20)], "cat": [box(80, 20)]}, False, 2 / 3),
+        ("a dog above a cat", {"dog": [box(20, 20)], "cat": [box(20, 80)]}, True, 1.0),
+        ("a dog below a cat", {"dog": [box(20, 20)], "cat": [box(22, 22)]}, False, 2 / 3),  # on top of each other
+        ("a dog left of a cat", {"dog": [box(20, 20)]}, False, 1 / 3),
+        ("a red dog and a blue cat", {"dog": [box(20, 20)], "cat": [box(80, 20)]}, True, 1.0),
+        ("a red dog and a blue cat", {"dog": [box(80, 20)], "cat": [box(20, 20)]}, False, 0.5),
+    ],
+)
+def test_geneval_rules(prompt, objects, strict, graded):
+    verdict, score = rewards.geneval_judge(rewards.geneval_requests(f"a photo of {prompt}"), objects, red_left)
+    assert verdict == strict and score == pytest.approx(graded)
+
+
+def test_geneval_prompts_are_understood():
+    request = functools.partial(rewards.Request)
+    assert rewards.geneval_requests("a photo of an orange orange") == [request("orange", 1, "orange")]
+    assert rewards.geneval_requests("a photo of two wine glasses") == [request("wine glass", 2)]
+    position = rewards.geneval_requests("a photo of a tv remote above a hot dog")
+    assert position == [request("hot dog", 1), request("tv remote", 1, None, "above")]
+    for prompt in ("a dog", "a photo of dogs", "a photo of a unicorn", "a photo of five dogs", "a photo of two dog"):
+        with pytest.raises(ValueError, match="GenEval's templates"):
+            rewards.geneval_requests(prompt)
+    for category, prompts in rewards.geneval_prompts().items():
+        requests = [rewards.geneval_requests(prompt) for prompt in prompts]
+        assert {len(r) for r in requests} == {2 if category in ("two objects", "position", "colour attribution") else 1}
+        assert all(bool(r[0].colour) == category.startswith("colour") for r in requests)
+    assert len(rewards.COCO) == len(set(rewards.COCO)) == 80
+
+
+def test_text_score_by_hand():
+    pytest.importorskip("rapidfuzz"), pytest.importorskip("rapidocr")
+    assert rewards.text_score("HELLO world", "hello world") == 1
+    assert rewards.text_score("say hello world!", "hello world") == 1
+    assert rewards.text_score("hallo welt", "hello world") == pytest.approx(1 - 4 / 10)
+    assert rewards.text_score("", "hello") == 0 and rewards.text_score("something else entirely", "hello") == 0
+    assert rewards.quoted('a sign that says "Mind the gap" and "no"') == "Mind the gap"
+
+
+def test_ocr_reads_rendered_text():
+    pytest.importorskip("rapidocr"), pytest.importorskip("rapidfuzz")
+    images = []
+    for words in ("OPEN LATE", "FRESH BREAD", ""):
+        image = Image.new("RGB", (320, 160), "white")
+        ImageDraw.Draw(image).text((20, 50), words, fill="black", font=ImageFont.load_default(size=44))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    images = torch.stack(images)
+    assert rewards.ocr(images, ['a sign saying "open late"', 'a sign saying "fresh bread"', 'a sign saying "hello"']).tolist() == [
+        1,
+        1,
+        0,
+    ]
+    assert max(rewards.ocr(images[:2], ['a sign saying "hello world"'] * 2)) < 0.5
+
+
+def test_what_a_reward_needs_is_named(monkeypatch, tmp_path):
+    def missing():
+        raise ModuleNotFoundError(name="rapidocr")
+
+    monkeypatch.setitem(rewards.REWARDS, "ocr", rewards.Reward(rewards.ocr, "text", load=missing))
+    with pytest.raises(ValueError, match="pip install rapidocr onnxruntime"):
+        rewards.load("ocr")
+    monkeypatch.setitem(rewards.CHECKPOINTS, "clip", str(tmp_path / "nowhere"))
+    rewards.load_clip.cache_clear()
+    with pytest.raises(ValueError, match="--reward clip: its network"):
+        rewards.load("clip")
+
+
+def test_an_out_of_memory_error_names_the_flags(capsys):
+    sampler.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
+    error = capsys.readouterr().err
+    assert "--micro-batch" in error and "--gradient-checkpointing" in error and "Traceback" not in error
