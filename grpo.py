@@ -152,20 +152,20 @@ if __name__ == "__main__":
     kernel = (sigma_max, args.eta, args.sde)
 
     # The base model's score, or where an interrupted run stopped
-    first, best_score, seconds = 0, -math.inf, 0.0
+    first, seconds, held_out = 0, 0.0, {}
     if args.resume:
         state = sampler.load_state(run_dir, pipe, optimizer, args)
-        first, best_score, seconds = state["iteration"], state["best_score"], state["seconds"]
-        base_score, base_categories = state["base_score"], state["base_categories"]
+        first, seconds, held_out = state["iteration"], state["seconds"], state["held_out"]
     else:
-        base_score, base_categories, samples = sampler.evaluate(pipe, args, args.eval_steps)
+        held_out["base_score"], held_out["base_categories"], samples = sampler.evaluate(pipe, args, args.eval_steps)
+        held_out["best_score"] = held_out["base_score"]
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
     if rank == 0 and not args.resume:
         writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-        writer.add_scalar("charts/held_out_score", base_score, 0)
+        writer.add_scalar("charts/held_out_score", held_out["base_score"], 0)
         writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "before.png"), 0, dataformats="HWC")
-        print(f"base model: held-out score {base_score:.3f}")
+        print(f"base model: held-out score {held_out['base_score']:.3f}")
 
     bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True, disable=rank > 0)
     for iteration in bar:
@@ -199,6 +199,7 @@ if __name__ == "__main__":
 
         # Reward and advantage
         images = sampler.decode(pipe, final, args.micro_batch)
+        clock.append(time.monotonic())
         prompt_of = [prompts[p] for p in group.tolist()]
         scores = sampler.gather(reward_function.score(images, prompt_of).to(args.device))
         advantages = group_advantages(scores, G, args.global_std)
@@ -247,30 +248,28 @@ if __name__ == "__main__":
         scalars["charts/reward"] = scores.mean().item()
         scalars["charts/groups_with_spread"] = len(kept) / len(scores)
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        for name, start, end in zip(("sample", "reward", "train"), clock, clock[1:]):
-            scalars[f"time/{name}"] = end - start
+        parts = ("sample", "decode", "reward", "train")
+        scalars |= {f"time/{part}": end - start for part, start, end in zip(parts, clock, clock[1:])}
         seconds += clock[-1] - clock[0]
         scalars["charts/images_per_second"] = len(scores) / (clock[-1] - clock[0])
-        for name, value in scalars.items() if rank == 0 else ():
-            writer.add_scalar(name, value, iteration + 1)
-        bar.set_postfix(reward=f"{scores.mean():.3f}", held_out=f"{max(best_score, base_score):.3f}")
+        if rank == 0:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration + 1)
+        bar.set_postfix(reward=f"{scores.mean():.3f}", best=f"{held_out['best_score']:.3f}")
         finished = iteration + 1 == args.iterations
         if (iteration + 1) % args.eval_every == 0 or finished:
-            final_score, final_categories, samples = sampler.evaluate(pipe, args, args.eval_steps)
-            best_score = max(best_score, final_score)
+            held_out["final_score"], held_out["final_categories"], samples = sampler.evaluate(pipe, args, args.eval_steps)
+            held_out["best_score"] = max(held_out["best_score"], held_out["final_score"])
         if rank == 0 and ((iteration + 1) % args.eval_every == 0 or finished):
-            writer.add_scalar("charts/held_out_score", final_score, iteration + 1)
+            writer.add_scalar("charts/held_out_score", held_out["final_score"], iteration + 1)
             writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "after.png"), iteration + 1, dataformats="HWC")
-            bar.write(f"iteration {iteration + 1}: held-out score {final_score:.3f}, reward {scores.mean():.3f}")
+            bar.write(f"iteration {iteration + 1}: held-out score {held_out['final_score']:.3f}, reward {scores.mean():.3f}")
         stop = sampler.gather(torch.tensor([len(stop_requested)], device=args.device)).any()
         if rank == 0 and ((iteration + 1) % args.save_every == 0 or finished or stop):
-            rest = dict(iteration=iteration + 1, best_score=best_score, seconds=seconds)
-            rest |= dict(base_score=base_score, base_categories=base_categories)
-            sampler.save_state(run_dir / "state.pt", pipe, optimizer, **rest)
-            sampler.save_lora(pipe, run_dir)
+            sampler.save_state(run_dir, pipe, optimizer, iteration=iteration + 1, seconds=seconds, held_out=held_out)
         if stop and not finished:
             raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
 
     if rank == 0:
         writer.close()
-        sampler.report(args, Path(__file__).stem, run_dir, base_score, final_score, base_categories, final_categories, seconds)
+        sampler.report(args, Path(__file__).stem, run_dir, held_out, seconds)

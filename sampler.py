@@ -136,6 +136,13 @@ def check(args):
     for name in ("step_fraction", "chunk_fraction"):
         if not 0 < getattr(args, name, 1.0) <= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0 and at most 1")
+    S, chunk_size, chunks = args.steps - 1, getattr(args, "chunk_size", None), getattr(args, "chunks", None)
+    if chunk_size and chunks:
+        fail("--chunk-size and --chunks exclude each other; give one, or neither for adaptive chunks")
+    if chunk_size and chunk_size > S:
+        fail(f"--chunk-size {chunk_size} must be from 1 to S = {S}, one less than --steps")
+    if chunks and (sum(chunks) != S or min(chunks) < 1):
+        fail(f"--chunks {' '.join(map(str, chunks))} must be positive and sum to S = {S}, one less than --steps")
     limit = 1.0 if args.sde in ("cps", "ddim") else math.inf
     if not 0 < args.eta <= limit:
         fail(f"--eta {args.eta} must be above 0{' and at most 1' if limit == 1 else ''} for --sde {args.sde}")
@@ -291,10 +298,10 @@ def encode(pipe, prompts, args):
         text_encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
         for encoder in text_encoders:
             encoder.to(args.device)
-        for start in range(0, len(new), 32):
+        for prompt in new:  # one by one: rounding depends on a batch's size, and a resumed run knows other prompts already
             options = dict(do_classifier_free_guidance=False, max_sequence_length=args.text_length, device=args.device)
-            embeds, _, pooled, _ = pipe.encode_prompt(new[start : start + 32], None, None, **options)
-            encoded.update(zip(new[start : start + 32], zip(embeds.cpu(), pooled.cpu())))
+            embeds, _, pooled, _ = pipe.encode_prompt(prompt, None, None, **options)
+            encoded[prompt] = embeds[0].cpu(), pooled[0].cpu()
         if args.device != "cpu":
             for encoder in text_encoders:
                 encoder.to("cpu")
@@ -459,9 +466,10 @@ def save_lora(pipe, run_dir):
         )
 
 
-def save_state(path, pipe, optimizer, **rest):
-    """Everything a run continues from, in one file that is replaced whole."""
-    with replacing(path) as temporary:
+def save_state(run_dir, pipe, optimizer, **rest):
+    """The LoRA, and everything a run continues from in one file, state.pt; each is replaced whole."""
+    save_lora(pipe, run_dir)
+    with replacing(run_dir / "state.pt") as temporary:
         torch.save({"lora": lora_state(pipe), "optimizer": optimizer.state_dict(), **rest}, temporary)
 
 
@@ -476,7 +484,7 @@ def load_state(run_dir, pipe, optimizer, args):
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:
         fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
-    if state["iteration"] >= args.iterations:
+    if state["iteration"] >= args.iterations and (run_dir / "result.json").exists():
         fail(f"the run already has its {state['iteration']} iterations; give a larger --iterations to go on")
     if rank_world()[0] == 0:
         write_json(run_dir / "args.json", {**json.loads((run_dir / "args.json").read_text()), **asdict(args)})
@@ -505,16 +513,15 @@ def save_grid(images, captions, path, columns=8):
     return np.asarray(grid)
 
 
-def report(args, algorithm, run_dir, base_score, final_score, base_categories, final_categories, seconds):
+def report(args, algorithm, run_dir, held_out, seconds):
     """Writes result.json and prints, by category, what the run did to the held-out score and where to look."""
     result = dict(algorithm=algorithm, model=args.model, reward=args.reward, seed=args.seed, iterations=args.iterations)
-    result |= dict(base_score=base_score, final_score=final_score)
-    result |= dict(base_categories=base_categories, final_categories=final_categories, seconds=seconds)
-    result |= dict(train_images=args.iterations * args.prompts * args.group_size, peak_memory_mb=peak_memory_mb(args.device))
+    result |= dict(**held_out, seconds=seconds, train_images=args.iterations * args.prompts * args.group_size)
+    result |= dict(peak_memory_mb=peak_memory_mb(args.device))
     write_json(run_dir / "result.json", result)
-    for name, base in base_categories.items():
-        print(f"{name:20} {base:7.3f} -> {final_categories[name]:7.3f}")
-    print(f"{'all':20} {base_score:7.3f} -> {final_score:7.3f}")
+    for name, base in held_out["base_categories"].items():
+        print(f"{name:20} {base:7.3f} -> {held_out['final_categories'][name]:7.3f}")
+    print(f"{'all':20} {held_out['base_score']:7.3f} -> {held_out['final_score']:7.3f}")
     print(f"{seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
     print(f"Look at it: tensorboard --logdir {run_dir.parent}, or {run_dir}/before.png and after.png")
     print(f"Load it in diffusers: StableDiffusion3Pipeline.from_pretrained(...).load_lora_weights('{run_dir}')")

@@ -1,6 +1,7 @@
 """The mathematics: closed forms, limits, equalities between the methods, marginals by simulation."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,24 @@ def test_coefficient_preserving_steps_keep_signal_and_noise_levels(sde, T):
 
 
 # Log-probability, advantages, loss
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("sde", sampler.SDES)
+def test_the_compiled_kernel_agrees_and_is_compiled_once_for_ragged_batches(sde):
+    def step(batch, stance):
+        v, x, x_next = (randn(batch, 4, 8, 8, seed=i).float() for i in range(3))
+        sigma, sigma_next = torch.full((batch,), 0.7), torch.full((batch,), 0.6)
+        v.requires_grad_()
+        with torch.compiler.set_stance(stance):
+            value = grpo.transition_log_prob(v, x, x_next, sigma, sigma_next, 0.9, 0.7, sde)
+            value.sum().backward()
+        return value.detach(), v.grad
+
+    for batch, stance in ((32, "default"), (17, "fail_on_recompile"), (5, "fail_on_recompile")):
+        (a, grad_a), (b, grad_b) = step(batch, stance), step(batch, "force_eager")
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grad_a, grad_b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", [grpo, gcpo, stepwise_grpo])

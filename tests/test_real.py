@@ -63,10 +63,10 @@ def test_the_full_pipeline_trains_resumes_and_its_lora_loads(script, full_sd3, t
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_full_pipeline_learns_jpeg_compressibility(script, full_sd3, tmp_path):
-    flags = "--iterations 12 --steps 6 --prompts 4 --group-size 8 --lr 3e-3 --clip 1e-3 --micro-batch 64"
+    flags = "--iterations 16 --steps 5 --prompts 4 --group-size 8 --lr 3e-3 --clip 1e-2 --micro-batch 64 --beta 0 --eval-images 24"
     folder = run_full(script, tmp_path / "run", full_sd3, "--no-gradient-checkpointing", *flags.split())
     result = json.loads((folder / "result.json").read_text())
-    assert result["final_score"] > result["base_score"] + 0.02
+    assert result["final_score"] > result["base_score"] + 0.1
 
 
 def test_the_full_pipeline_is_read_by_its_third_text_encoder(full_sd3):
@@ -161,6 +161,7 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes
         process.start()
         return process
 
+    start(tmp_path / "imports").join()
     began = time.monotonic()
     start(tmp_path / "whole").join()
     whole = time.monotonic() - began
@@ -171,7 +172,7 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes
         folder = tmp_path / str(i)
         process = start(folder)
         time.sleep(moments.uniform(0, whole))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         if not (folder / "result.json").exists():

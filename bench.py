@@ -1,0 +1,243 @@
+"""How near the scripts are to the bare model, as ratios measured in one run: medians, with the range in brackets.
+
+    python bench.py              # miniature model, under three minutes on two CPU cores
+    python bench.py --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
+
+(a) an iteration over the transformer's forward and backward calls alone, at the same batch sizes, and where the rest goes
+(b) the log-probability kernel, compiled over eager, forward and backward, and its bandwidth over that of a plain copy
+(c) an iteration of GCPO and of Stepwise-Flow-GRPO over one of GRPO
+(d) an iteration in one process over one shared by two (on a CPU with two cores or more)
+(e) on a GPU, model FLOPs utilisation of (a)'s calls
+"""
+
+import contextlib
+import io
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gcpo
+import grpo
+import sampler
+import stepwise_grpo
+
+SCRIPTS = {"grpo": grpo, "gcpo": gcpo, "stepwise_grpo": stepwise_grpo}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, by the makers
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """as in the scripts"""
+    random_weights: bool = False
+    """a transformer and VAE of Stable Diffusion 3.5 medium's size with random weights and random text, instead of --model's"""
+    iterations: int = 5
+    """measured iterations of each script; one more warms up"""
+    flags: tuple[str, ...] = ()
+    """further flags for the scripts; they come last"""
+
+
+def random_sd3(folder):
+    """Saves a randomly initialised pipeline of Stable Diffusion 3.5 medium's size, with small text encoders."""
+    import pretrain  # its text encoders, which are run once a prompt and not what is measured
+
+    miniature = pretrain.build_pipeline()
+    config = dict(
+        sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536, out_channels=16,
+        joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
+        dual_attention_layers=tuple(range(13)),
+    )  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = SD3Transformer2DModel(**config).bfloat16()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, use_quant_conv=False,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
+        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
+    )  # fmt: skip
+    parts = {name: getattr(miniature, name) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
+    for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
+        encoder = getattr(miniature, name)
+        encoder.config.projection_dim = width
+        parts[name] = type(encoder)(encoder.config)
+    parts["text_encoder_3"] = type(miniature.text_encoder_3)(
+        type(miniature.text_encoder_3.config)(vocab_size=8, d_model=4096, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts).save_pretrained(folder)
+
+
+def synchronized():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def medians(functions, repeats):
+    """Seconds of each function, {name: [repeats values]}, measured in turns so that a slow moment hits all alike."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            began = synchronized()
+            function()
+            if repeat:  # the first warms up
+                seconds[name].append(synchronized() - began)
+    return seconds
+
+
+def show(name, values, digits=2, unit=""):
+    median, low, high = (f"{x:.{digits}f}{unit}" for x in (statistics.median(values), min(values), max(values)))
+    print(f"{name:64} {median} [{low} to {high}]", flush=True)
+
+
+def command_line(script, args, folder):
+    flags = ["--iterations", str(args.iterations + 1), "--eval-every", "1000", "--eval-images", "6", "--eval-steps", "2"]
+    return [f"{script}.py", "--model", args.model, *flags, "--save-every", "1000", *args.flags, "--output-dir", str(folder)]
+
+
+def logged(folder):
+    """{tag: values of every iteration but the first, which compiles}."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: np.array([e.value for e in events.Scalars(tag)][1:]) for tag in events.Tags()["scalars"]}
+
+
+def run(script, args, folder):
+    argv, sys.argv = sys.argv, command_line(script, args, folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            runpy.run_path(str(Path(__file__).parent / f"{script}.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return logged(folder)
+
+
+def script_args(script, args):
+    """The script's own arguments and pipeline, as its run has them."""
+    argv, sys.argv = sys.argv, command_line(script, args, "nowhere")
+    try:
+        parsed = sampler.parse_args(SCRIPTS[script].Args, None)
+    finally:
+        sys.argv = argv
+    sampler.resolve_device(parsed)
+    return parsed, sampler.load_pipeline(parsed)
+
+
+def bare_calls(parsed, pipe, share):
+    """(sampling, training): functions that make an iteration's transformer calls and nothing else; `share` of B is trained."""
+    B, S = parsed.prompts * parsed.group_size, parsed.steps - 1
+    text = sampler.encode(pipe, ["two red circles"], parsed)
+    pairs = round(share * B / parsed.updates) * S
+    sizes = lambda n: [min(parsed.micro_batch, n - start) for start in range(0, n, parsed.micro_batch)]
+    shape = sampler.latent_shape(pipe, parsed.resolution)
+    x = torch.randn(parsed.micro_batch, *shape, device=parsed.device)
+    sigma = torch.full((parsed.micro_batch,), 0.7, device=parsed.device)
+    rows = torch.zeros(parsed.micro_batch, dtype=torch.long, device=parsed.device)
+
+    def call(n):
+        return sampler.velocity(pipe, x[:n], sigma[:n], text[rows[:n]], parsed)
+
+    @torch.no_grad()
+    def sampling():
+        for n in sizes(B):
+            for _ in range(S + 1):
+                call(n)
+
+    def training():
+        for _ in range(parsed.updates):
+            for n in sizes(pairs):
+                call(n).sum().backward()
+        for p in pipe.transformer.parameters():
+            p.grad = None
+
+    return sampling, training
+
+
+def kernel_functions(device):
+    """The fused log-probability forward and backward at the full model's latents, compiled and eager, and a copy."""
+    generator = torch.Generator().manual_seed(0)
+    v, x, x_next = (torch.randn(32, 16, 64, 64, generator=generator).to(device) for _ in range(3))
+    v.requires_grad_()
+    sigmas = torch.full((32,), 0.7, device=device), torch.full((32,), 0.6, device=device)
+    arguments = (v, x, x_next, *sigmas, 0.9, 0.7, "flow")
+
+    def step(stance):
+        with torch.compiler.set_stance(stance):
+            grpo.transition_log_prob(*arguments).sum().backward()
+        v.grad = None
+
+    return {"compiled": lambda: step("default"), "eager": lambda: step("force_eager"), "copy": lambda: x.clone()}, v.nbytes
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    workspace = tempfile.TemporaryDirectory()
+    if args.random_weights:
+        args.model = f"{workspace.name}/sd3"
+        random_sd3(args.model)
+    parsed, pipe = script_args("grpo", args)
+    print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+    runs, peaks, iteration = {}, {}, {}
+    sampling, training = bare_calls(parsed, pipe, 1.0)
+    bare = {"sampling": [], "training": []}
+    for script in SCRIPTS:  # the bare calls are measured before, between and after the scripts
+        for name, values in medians({"sampling": sampling, "training": training}, 1).items():
+            bare[name] += values
+        if parsed.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        runs[script] = run(script, args, Path(workspace.name) / script)
+        peaks[script] = sampler.peak_memory_mb(parsed.device)
+        iteration[script] = parsed.prompts * parsed.group_size / runs[script]["charts/images_per_second"]
+    for name, values in medians({"sampling": sampling, "training": training}, 1).items():
+        bare[name] += values
+    share = {script: values["charts/groups_with_spread"].mean() for script, values in runs.items()}
+    for script in ("grpo", "gcpo"):
+        limit = statistics.median(bare["sampling"]) + share[script] * statistics.median(bare["training"])
+        show(f"(a) {script}: iteration / bare model calls", iteration[script] / limit)
+        parts = {name: runs[script][f"time/{name}"] / limit for name in ("sample", "decode", "reward", "train")}
+        for name, values in parts.items():
+            extra = {"sample": bare["sampling"], "train": [share[script] * t for t in bare["training"]]}.get(name)
+            note = f", of it bare calls {statistics.median(extra) / limit:.2f}" if extra else ""
+            show(f"      {name}{note}", values)
+    functions, size = kernel_functions(parsed.device)
+    seconds = medians(functions, 20)
+    ratio = lambda a, b: [x / y for x, y in zip(seconds[a], seconds[b])]
+    show("(b) log-probability kernel: eager / compiled time", ratio("eager", "compiled"))
+    # Forward reads v, x and x_next; backward reads them again and writes v's gradient: 7 tensors. A copy reads one, writes one.
+    show("      its bandwidth / a copy's", [7 / 2 * r for r in ratio("copy", "compiled")])
+    for script in ("gcpo", "stepwise_grpo"):
+        show(f"(c) {script} iteration / grpo iteration", iteration[script] / statistics.median(iteration["grpo"]))
+    for script, values in iteration.items():
+        show(f"      {script}, peak memory {peaks[script]:.0f} MB", values, unit=" s")
+    if parsed.device == "cpu" and (os.cpu_count() or 1) > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
+        folder = Path(workspace.name) / "two"
+        command = [*torchrun, *command_line("grpo", args, folder)]
+        subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True, capture_output=True)
+        two = parsed.prompts * parsed.group_size / logged(folder)["charts/images_per_second"]
+        show("(d) grpo: one process / two processes", [statistics.median(iteration["grpo"]) / t for t in two])
+    else:
+        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+        config = pipe.transformer.config
+        tokens = (sampler.latent_shape(pipe, parsed.resolution)[1] // config.patch_size) ** 2
+        weights = sum(p.numel() for p in pipe.transformer.transformer_blocks.parameters())
+        calls = parsed.prompts * parsed.group_size * (2 if parsed.guidance > 1 else 1)
+        # 2 FLOPs a weight and token forward; backward once more, for activations alone, since the weights are frozen
+        work = calls * tokens * weights * 2
+        work *= parsed.steps + 2 * (parsed.steps - 1) * share["grpo"]
+        if peak:
+            show("(e) model FLOPs utilisation of a GRPO iteration, without attention", [work / t / peak for t in iteration["grpo"]])
