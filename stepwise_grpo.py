@@ -2,6 +2,7 @@
 
     python stepwise_grpo.py                         # miniature model, two CPU cores, minutes
     python stepwise_grpo.py --model sd3 --reward jpeg-compressibility
+    torchrun --nproc-per-node 8 stepwise_grpo.py --model sd3 --prompts 48 --group-size 24
 
 Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
@@ -39,7 +40,7 @@ class Args:
     """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
     prompt_file: str = ""
     """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
-    iterations: int = 150
+    iterations: int = 100
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
     """P: prompts an iteration, over all processes"""
@@ -53,7 +54,7 @@ class Args:
     """transition kernel, see sampler.sde_step"""
     guidance: float = 1.0
     """classifier-free guidance scale; at most 1 is without"""
-    lr: float = 1e-3
+    lr: float = 4e-3
     """learning rate of AdamW"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over --iterations"""
@@ -210,7 +211,7 @@ if __name__ == "__main__":
         velocities = torch.empty_like(trajectory)
         noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
-        noise = torch.cat([steps for _, steps in noises])  # (B, S, C, H, W)
+        noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
         with torch.no_grad():
             for rows in torch.arange(B, device=args.device).split(args.micro_batch):
                 for k in range(S + 1):
@@ -220,7 +221,7 @@ if __name__ == "__main__":
                     if k == S:
                         break
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
-                    x_next = mean + std * noise[rows.cpu(), k].to(args.device)
+                    x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
         clock.append(time.monotonic())
