@@ -8,6 +8,8 @@
 (c) an iteration of GCPO and of Stepwise-Flow-GRPO over one of GRPO
 (d) an iteration in one process over one shared by two (on a CPU with two cores or more)
 (e) on a GPU, model FLOPs utilisation of (a)'s calls
+
+Flags that are not its own go to the scripts.
 """
 
 import contextlib
@@ -45,8 +47,6 @@ class Args:
     """a transformer and VAE of Stable Diffusion 3.5 medium's size with random weights and random text, instead of --model's"""
     iterations: int = 5
     """measured iterations of each script; one more warms up"""
-    flags: tuple[str, ...] = ()
-    """further flags for the scripts; they come last"""
 
 
 def random_sd3(folder):
@@ -182,7 +182,7 @@ def kernel_functions(device):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, args.flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     workspace = tempfile.TemporaryDirectory()
     if args.random_weights:
         args.model = f"{workspace.name}/sd3"

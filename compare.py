@@ -1,9 +1,9 @@
 """Runs the three methods with several seeds and draws their held-out score against images and minutes.
 
     python compare.py                         # every default, three seeds; finished runs are not run again
-    python compare.py --seeds 0 --flags --sde flow --eta 0.7
+    python compare.py --seeds 0 --runs-dir runs/flow --output-dir runs/flow --sde flow --eta 0.7    # for its runs
 
-Writes <output-dir>/comparison.csv, a row an evaluation, and comparison.png.
+Flags that are not its own go to every run. Writes <output-dir>/comparison.csv, a row an evaluation, and comparison.png.
 """
 
 import csv
@@ -32,8 +32,6 @@ class Args:
     """folder of the table and the plot"""
     runs_dir: Path = Path("runs/compare")
     """folder of the runs"""
-    flags: tuple[str, ...] = ()
-    """further flags for every run; they come last"""
 
 
 def evaluations(folder):
@@ -48,15 +46,15 @@ def evaluations(folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     rows = []
     for seed in args.seeds:
         for method in args.methods:
             folder = args.runs_dir / f"{method}-{seed}"
             if not (folder / "result.json").exists():
-                where = ["--resume", folder] if (folder / "state.pt").exists() else ["--output-dir", folder]
+                where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder]
                 script = Path(__file__).parent / f"{method}.py"
-                subprocess.run([sys.executable, script, "--seed", str(seed), *where, *args.flags], check=True)
+                subprocess.run([sys.executable, script, "--seed", str(seed), *where, *flags], check=True)
             for images, minutes, score in evaluations(folder):
                 rows.append(dict(method=method, seed=seed, images=images, minutes=round(minutes, 3), held_out=round(score, 5)))
 

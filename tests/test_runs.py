@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import compare
 import pretrain
 import rewards
 
@@ -61,6 +62,14 @@ def test_a_run_writes_its_files(finished):
     if script == "stepwise_grpo":
         assert "gain/step_3" in logged and (folder / "tweedie.png").exists()
     assert not list(folder.glob(".*tmp"))
+
+
+def test_compare_reads_a_runs_curve(finished):
+    _, folder = finished
+    result = json.loads((folder / "result.json").read_text())
+    (images, minutes, score), (images_end, minutes_end, score_end) = compare.evaluations(folder)
+    assert (images, minutes, images_end) == (0, 0, 16) and 0 < minutes_end == pytest.approx(result["seconds"] / 60, rel=1e-3)
+    assert (score, score_end) == pytest.approx((result["base_score"], result["final_score"]))
 
 
 def test_stock_diffusers_loads_the_lora(finished):
