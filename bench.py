@@ -3,7 +3,7 @@
     python bench.py              # miniature model, under three minutes on two CPU cores
     python bench.py --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
 
-(a) an iteration over the transformer's forward and backward calls alone, at the same batch sizes, and where the rest goes
+(a) an iteration over the transformer's forward and backward calls alone, in batches of --micro-batch, and where the rest goes
 (b) the log-probability kernel, compiled over eager, forward and backward, and its bandwidth over that of a plain copy
 (c) an iteration of GCPO and of Stepwise-Flow-GRPO over one of GRPO
 (d) an iteration in one process over one shared by two (on a CPU with two cores or more)
@@ -12,10 +12,8 @@
 Flags that are not its own go to the scripts.
 """
 
-import contextlib
-import io
+import json
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ import torch
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
 import gcpo
 import grpo
@@ -67,6 +66,9 @@ def random_sd3(folder):
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
         use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
     )  # fmt: skip
+    for part in ("", "_2"):  # as long as the real captions
+        getattr(miniature, f"tokenizer{part}").model_max_length = 77
+        getattr(miniature, f"text_encoder{part}").config.max_position_embeddings = 77
     parts = {name: getattr(miniature, name) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
     for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
         encoder = getattr(miniature, name)
@@ -114,14 +116,8 @@ def logged(folder):
     return {tag: np.array([e.value for e in events.Scalars(tag)][1:]) for tag in events.Tags()["scalars"]}
 
 
-def run(script, args, folder):
-    argv, sys.argv = sys.argv, command_line(script, args, folder)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            runpy.run_path(str(Path(__file__).parent / f"{script}.py"), run_name="__main__")
-    finally:
-        sys.argv = argv
-    return logged(folder)
+def run(command):
+    subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
 
 
 def script_args(script, args):
@@ -158,6 +154,9 @@ def bare_calls(parsed, pipe, share):
     def training():
         for _ in range(parsed.updates):
             for n in sizes(pairs):
+                if parsed.beta > 0:
+                    with torch.no_grad(), sampler.adapter_off(pipe):
+                        call(n)
                 call(n).sum().backward()
         for p in pipe.transformer.parameters():
             p.grad = None
@@ -196,10 +195,10 @@ if __name__ == "__main__":
     for script in SCRIPTS:  # the bare calls are measured before, between and after the scripts
         for name, values in medians({"sampling": sampling, "training": training}, 1).items():
             bare[name] += values
-        if parsed.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-        runs[script] = run(script, args, Path(workspace.name) / script)
-        peaks[script] = sampler.peak_memory_mb(parsed.device)
+        folder = Path(workspace.name) / script
+        run(command_line(script, args, folder))
+        runs[script] = logged(folder)
+        peaks[script] = json.loads((folder / "result.json").read_text())["peak_memory_mb"]
         iteration[script] = parsed.prompts * parsed.group_size / runs[script]["charts/images_per_second"]
     for name, values in medians({"sampling": sampling, "training": training}, 1).items():
         bare[name] += values
@@ -223,21 +222,18 @@ if __name__ == "__main__":
     for script, values in iteration.items():
         show(f"      {script}, peak memory {peaks[script]:.0f} MB", values, unit=" s")
     if parsed.device == "cpu" and (os.cpu_count() or 1) > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
         folder = Path(workspace.name) / "two"
-        command = [*torchrun, *command_line("grpo", args, folder)]
-        subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True, capture_output=True)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // 2))
+        run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command_line("grpo", args, folder)])
         two = parsed.prompts * parsed.group_size / logged(folder)["charts/images_per_second"]
         show("(d) grpo: one process / two processes", [statistics.median(iteration["grpo"]) / t for t in two])
-    else:
+    if parsed.device != "cpu":
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-        config = pipe.transformer.config
-        tokens = (sampler.latent_shape(pipe, parsed.resolution)[1] // config.patch_size) ** 2
-        weights = sum(p.numel() for p in pipe.transformer.transformer_blocks.parameters())
-        calls = parsed.prompts * parsed.group_size * (2 if parsed.guidance > 1 else 1)
-        # 2 FLOPs a weight and token forward; backward once more, for activations alone, since the weights are frozen
-        work = calls * tokens * weights * 2
-        work *= parsed.steps + 2 * (parsed.steps - 1) * share["grpo"]
+        x = torch.zeros(1, *sampler.latent_shape(pipe, parsed.resolution), device=parsed.device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            sampler.velocity(pipe, x, x.new_full((1,), 0.7), sampler.encode(pipe, ["two red circles"], parsed), parsed)
+        # A trained step costs its forward, a backward for activations alone (the weights are frozen), and the KL's forward.
+        calls = parsed.steps + (2 + (parsed.beta > 0)) * (parsed.steps - 1) * share["grpo"]
+        work = counter.get_total_flops() * parsed.prompts * parsed.group_size * calls
         if peak:
-            show("(e) model FLOPs utilisation of a GRPO iteration, without attention", [work / t / peak for t in iteration["grpo"]])
+            show("(e) model FLOPs utilisation of a GRPO iteration", [work / t / peak for t in iteration["grpo"]])

@@ -47,6 +47,8 @@ def evaluations(folder):
 
 if __name__ == "__main__":
     args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
+    if {"--seed", "--output-dir", "--resume"} & {flag.split("=")[0] for flag in flags} or not (args.seeds and args.methods):
+        sys.exit("--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run")
     rows = []
     for seed in args.seeds:
         for method in args.methods:
@@ -54,7 +56,9 @@ if __name__ == "__main__":
             if not (folder / "result.json").exists():
                 where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder]
                 script = Path(__file__).parent / f"{method}.py"
-                subprocess.run([sys.executable, script, "--seed", str(seed), *where, *flags], check=True)
+                run = subprocess.run([sys.executable, script, "--seed", str(seed), *where, *flags])
+                if run.returncode:
+                    sys.exit(run.returncode)
             for images, minutes, score in evaluations(folder):
                 rows.append(dict(method=method, seed=seed, images=images, minutes=round(minutes, 3), held_out=round(score, 5)))
 

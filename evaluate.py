@@ -17,6 +17,7 @@ import tyro
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+import rewards
 import sampler
 
 
@@ -65,8 +66,10 @@ def parse_args():
     preset["steps"] = preset.get("eval_steps", Args.steps)
     defaults = {k: v for k, v in preset.items() if k in Args.__dataclass_fields__ and k not in ("output_dir", "device", "dtype")}
     args = tyro.cli(Args, description=__doc__, default=Args(**defaults))
-    if args.steps < 1 or args.eval_images < 1 or args.micro_batch < 1:
-        sampler.fail("--steps, --eval-images and --micro-batch must be at least 1")
+    if min(args.steps, args.eval_images, args.micro_batch, args.rank, args.text_length) < 1:
+        sampler.fail("--steps, --eval-images, --micro-batch, --rank and --text-length must be at least 1")
+    if sampler.rank_world()[1] > 1:
+        sampler.fail("evaluate.py runs in one process; start it without torchrun")
     if not 0 <= args.hybrid <= 1:
         sampler.fail(f"--hybrid {args.hybrid} must be from 0 to 1")
     sampler.check_model_and_reward(args)
@@ -78,6 +81,12 @@ if __name__ == "__main__":
     args = parse_args()
     args.gradient_checkpointing = False
     sampler.resolve_device(args)
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rewards.load(args.reward)
+    except (OSError, ValueError) as error:
+        sampler.fail(str(error))
     pipe = sampler.load_pipeline(args)
     if args.lora:
         try:
@@ -89,8 +98,6 @@ if __name__ == "__main__":
             sampler.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     tuned_steps = round(args.hybrid * args.steps)
     score, by_category, samples = sampler.evaluate(pipe, args, args.steps, tuned_steps)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=tuned_steps)
     result |= dict(guidance=args.guidance, images=args.eval_images, score=score, categories=by_category)
     sampler.write_json(folder / "evaluation.json", result)

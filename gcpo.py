@@ -229,7 +229,7 @@ if __name__ == "__main__":
         held_out["base_score"], held_out["base_categories"], samples = sampler.evaluate(pipe, args, args.eval_steps)
         held_out["best_score"] = held_out["base_score"]
     if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
+        writer = SummaryWriter(run_dir, purge_step=first + bool(args.resume))  # drops what a killed run logged after its last save
     if rank == 0 and not args.resume:
         writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
         writer.add_scalar("charts/held_out_score", held_out["base_score"], 0)
@@ -330,7 +330,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad(set_to_none=True)
         clock.append(time.monotonic())
 
-        # Log, evaluate, save
+        # Log (losses are those of rank 0), evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
         for k in range(S):
             scalars[f"chunks/distance_{k}"] = curves[:, k].mean()

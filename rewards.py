@@ -155,6 +155,8 @@ NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 PLURALS |= {"computer mouse": "computer mice", "broccoli": "broccoli"}
 PLURALS = {name: PLURALS.get(name) or name + ("es" if name.endswith(("s", "ch", "sh")) else "s") for name in COCO}
+SINGULARS = {name + ("es" if name.endswith("s") else "s"): name for name in COCO}  # GenEval's own list has "benchs", "persons"
+SINGULARS |= {plural: name for name, plural in PLURALS.items()}
 
 
 class Request(NamedTuple):
@@ -183,7 +185,7 @@ def geneval_requests(prompt):
     def request(phrase, relation=None):
         number, _, rest = phrase.partition(" ")
         colour, _, name = rest.partition(" ") if rest.split(" ")[0] in COLOURS and rest not in COCO else (None, "", rest)
-        name = name if NUMBERS[number] == 1 else {plural: name for name, plural in PLURALS.items()}[name]
+        name = name if NUMBERS[number] == 1 else SINGULARS[name]
         return Request(COCO[COCO.index(name)], NUMBERS[number], colour, relation)
 
     try:
@@ -204,7 +206,8 @@ def geneval_judge(requests, objects, colour_of):
 
     `colour_of(boxes, name)` names the boxes' colours. Strict is GenEval's rule: enough objects, as many of them of the
     colour, every pair in the relation, and not one more where a number was asked for. Graded is Flow-GRPO's: the mean
-    over clauses of 1 - |found - asked| / asked, for number and for colour, and of whether the relation holds.
+    over clauses of 1 - |found - asked| / asked, for number and for colour, and of whether the relation holds; the last two
+    count only where the number is exact. Choices: no part is below 0, and a relation that fails counts once.
     """
     strict, credits, before = True, [], []
     for name, count, colour, relation in requests:
@@ -214,12 +217,12 @@ def geneval_judge(requests, objects, colour_of):
         if colour:
             colours = colour_of(boxes[:count], name) if boxes else []
             strict &= colours.count(colour) >= count
-            credits.append(colours.count(colour) / count)
+            credits.append(colours.count(colour) / count if len(boxes) == count else 0.0)
         if relation:
             pairs = [(a, b) for a in boxes[:count] for b in before]
             holds = bool(pairs) and all(relation in shapes.relations(a, b) for a, b in pairs)
             strict &= holds
-            credits.append(float(holds))
+            credits.append(float(holds and len(boxes) == count))
         before = boxes[:count]
     return strict, sum(credits) / len(credits)
 
@@ -256,10 +259,12 @@ def geneval_colours(image, boxes, name):
     crops = []
     for x, y, width, height, _, mask in boxes:
         grey = np.where(mask[..., None], image, np.uint8(0x99))
-        crops.append(grey[int(y - height / 2) : int(y + height / 2), int(x - width / 2) : int(x + width / 2)])
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        crops.append(Image.fromarray(grey).crop(box))
     texts = [f"a photo of a {c}{rest}" for c in COLOURS for rest in (f" {name}", f"-colored {name}", " object")]
     image_embeds, text_embeds = clip_embeds(*load_clip("clip"), crops, texts)
-    likeness = image_embeds @ text_embeds.view(len(COLOURS), 3, -1).mean(1).T
+    of_colours = torch.nn.functional.normalize(text_embeds.view(len(COLOURS), 3, -1).mean(1), dim=1)
+    likeness = image_embeds @ of_colours.T
     return [COLOURS[i] for i in likeness.argmax(1)]
 
 
@@ -301,15 +306,16 @@ def geneval_prompts():
     rng = np.random.default_rng(0)
     some = lambda names: names[rng.integers(len(names))]
     a = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
-    coloured = lambda name: a(f"{some(COLOURS)} {name}")
-    pair = lambda: (COCO[i] for i in rng.choice(len(COCO), 2, replace=False))
+    two = lambda names: (names[i] for i in rng.choice(len(names), 2, replace=False))
+    coloured = lambda pairs: [a(f"{colour} {name}") for colour, name in pairs]
+    things = COCO[1:]  # people are not asked for in a colour
     templates = {
         "single object": lambda: a(some(COCO)),
-        "two objects": lambda: " and ".join(map(a, pair())),
+        "two objects": lambda: " and ".join(map(a, two(COCO))),
         "counting": lambda: f"{some(['two', 'three', 'four'])} {PLURALS[some(COCO)]}",
-        "colours": lambda: coloured(some(COCO)),
-        "position": lambda: f" {some(list(shapes.RELATIONS))} ".join(map(a, pair())),
-        "colour attribution": lambda: " and ".join(map(coloured, pair())),
+        "colours": lambda: coloured([(some(COLOURS), some(things))])[0],
+        "position": lambda: f" {some(list(shapes.RELATIONS))} ".join(map(a, two(COCO))),
+        "colour attribution": lambda: " and ".join(coloured(zip(two(COLOURS), two(things)))),
     }
     return {c: list(dict.fromkeys("a photo of " + template() for _ in range(400))) for c, template in templates.items()}
 

@@ -54,7 +54,7 @@ PRESETS = {
         gradient_checkpointing=True,
     ),
 }  # fmt: skip
-LORA_TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+LORA_TARGETS = [f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()]
 SDES = ("flow", "dance", "cps", "ddim")
 
 
@@ -67,7 +67,7 @@ def fail(message):
 def parse_args(Args, description):
     """The command line over the model's preset over the defaults of `Args`, checked."""
     argv = sys.argv[1:]
-    if "--resume" not in argv or "--help" in argv:
+    if not any(flag.split("=")[0] == "--resume" for flag in argv) or "--help" in argv:
         model = tyro.cli(Args, description=description).model
         preset = PRESETS.get(model, PRESETS["other"])
         known = {name: value for name, value in preset.items() if name in Args.__dataclass_fields__}
@@ -106,10 +106,14 @@ def gather(rows):
 
 
 def check_model_and_reward(args):
+    """What the scripts and evaluate.py have in common."""
     try:
         rewards.prompt_set(args)
     except (OSError, ValueError) as error:
         fail(str(error))
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if args.device not in ("auto", "cpu", *gpus) and not (args.device == "cuda" and gpus):
+        fail(f"--device {args.device} is not available; use {' or '.join(['auto', 'cpu', *gpus])}")
     if args.model not in MODELS and not Path(args.model).is_dir() and args.model.count("/") != 1:
         fail(f"--model {args.model} is neither {', '.join(MODELS)} nor a folder nor a hub id like owner/name")
     if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
@@ -123,13 +127,15 @@ def check(args):
         fail(f"--group-size {args.group_size} leaves nothing to compare within a group; it must be at least 2")
     if args.steps < 2:
         fail(f"--steps {args.steps} leaves no step to train, since the last one is deterministic; it must be at least 2")
-    counts = "iterations prompts updates micro_batch rank eval_every eval_images eval_steps save_every"
+    counts = "iterations prompts updates micro_batch rank text_length eval_every eval_images eval_steps save_every"
     for name in f"{counts} chunk_size min_chunk substeps".split():
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for name in ("lr", "clip", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be a positive number")
+    if args.seed < 0 or args.resolution < 0:
+        fail("--seed and --resolution must be from 0 up")
     for name in ("beta", "guidance"):
         if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name} {getattr(args, name)} must be a number from 0 up")
@@ -148,12 +154,10 @@ def check(args):
         fail(f"--eta {args.eta} must be above 0{' and at most 1' if limit == 1 else ''} for --sde {args.sde}")
     if args.prompts % rank_world()[1]:
         fail(f"--prompts {args.prompts} cannot be shared equally by {rank_world()[1]} processes; it must be a multiple of that")
+    if len(rewards.held_out_prompts(rewards.prompt_set(args)[1], args.eval_images)[0]) < rank_world()[1]:
+        fail(f"--eval-images {args.eval_images} cannot be shared by {rank_world()[1]} processes; it must be at least that many")
     if args.updates > args.prompts * args.group_size:
         fail(f"--updates {args.updates} is more than the {args.prompts * args.group_size} images of an iteration")
-    try:
-        torch.empty(0, device="cpu" if args.device == "auto" else args.device)
-    except (RuntimeError, AssertionError):
-        fail(f"--device {args.device} is not available; use auto, cpu or cuda")
     if rank_world()[0] == 0 and not args.resume and args.output_dir and Path(args.output_dir).exists():
         if not Path(args.output_dir).is_dir() or any(Path(args.output_dir).glob("[!.]*")):
             fail(f"--output-dir {args.output_dir} already holds files; name a new folder, or continue the run with --resume")
@@ -168,7 +172,7 @@ def resolve_device(args):
     diffusers.logging.disable_progress_bar()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda":
+    if args.device == "cuda" or args.device.startswith("cuda") and rank_world()[1] > 1:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
@@ -179,7 +183,7 @@ def resolve_device(args):
     if args.dtype == "auto":
         # bfloat16 only where the processor multiplies it natively; elsewhere it is emulated and slower than float32.
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fast = torch.cuda.is_bf16_supported() if args.device.startswith("cuda") else native
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else native
         args.dtype = "bfloat16" if fast else "float32"
 
 
@@ -197,7 +201,8 @@ def start_run(args, script):
     if world > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         atexit.register(dist.destroy_process_group)
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    compilers = (os.environ.get("CXX", "g++"),) if args.device == "cpu" else (os.environ.get("CC", "gcc"), "clang")
+    if args.compile and not any(map(shutil.which, compilers)):
         print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same" * (rank == 0))
         args.compile = False
     torch.compiler.set_stance("default" if args.compile else "force_eager")
@@ -484,8 +489,9 @@ def load_state(run_dir, pipe, optimizer, args):
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:
         fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
-    if state["iteration"] >= args.iterations and (run_dir / "result.json").exists():
-        fail(f"the run already has its {state['iteration']} iterations; give a larger --iterations to go on")
+    done = state["iteration"]
+    if done > args.iterations or done == args.iterations and (run_dir / "result.json").exists():
+        fail(f"the run already has its {done} iterations; give a larger --iterations to go on")
     if rank_world()[0] == 0:
         write_json(run_dir / "args.json", {**json.loads((run_dir / "args.json").read_text()), **asdict(args)})
     return state

@@ -54,7 +54,7 @@ class Args:
     """transition kernel, see sampler.sde_step"""
     guidance: float = 1.0
     """classifier-free guidance scale; at most 1 is without"""
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     """learning rate of AdamW"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over --iterations"""
@@ -189,7 +189,7 @@ if __name__ == "__main__":
         held_out["base_score"], held_out["base_categories"], samples = sampler.evaluate(pipe, args, args.eval_steps)
         held_out["best_score"] = held_out["base_score"]
     if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=first + 1)  # drops what a killed run logged after its last save
+        writer = SummaryWriter(run_dir, purge_step=first + bool(args.resume))  # drops what a killed run logged after its last save
     if rank == 0 and not args.resume:
         writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
         writer.add_scalar("charts/held_out_score", held_out["base_score"], 0)
@@ -282,7 +282,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad(set_to_none=True)
         clock.append(time.monotonic())
 
-        # Log, evaluate, save
+        # Log (losses are those of rank 0), evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
         for k, gain in enumerate(step_gains.abs().mean(0).tolist()):
             scalars[f"gain/step_{k}"] = gain

@@ -216,6 +216,9 @@ def test_evaluate_scores_a_run_and_its_hybrids(tmp_path):
     [
         ("--lora nowhere", "not the folder of a run"),
         ("--hybrid 2", "from 0 to 1"),
+        ("--rank 0", "at least 1"),
+        ("--device tpu9", "not available"),
+        ("--output-dir /dev/null/x", "Not a directory"),
         ("--steps 0", "at least 1"),
         ("--model huge", "neither tiny"),
         ("--reward beauty", "choose of shapes"),
@@ -344,6 +347,7 @@ def red_left(boxes, name):
         ("a red dog", {"dog": [box(20, 20)]}, True, 1.0),
         ("a red dog", {"dog": [box(80, 20)]}, False, 0.5),
         ("a red dog", {}, False, 0.0),
+        ("a red dog", {"dog": [box(20, 20), box(30, 70)]}, True, 0.0),  # colour counts where the number is exact
         ("a dog left of a cat", {"dog": [box(20, 20)], "cat": [box(80, 20)]}, True, 1.0),
         ("a dog right of a cat", {"dog": [box(20, 20)], "cat": [box(80, 20)]}, False, 2 / 3),
         ("a dog above a cat", {"dog": [box(20, 20)], "cat": [box(20, 80)]}, True, 1.0),
@@ -361,6 +365,7 @@ def test_geneval_rules(prompt, objects, strict, graded):
 def test_geneval_prompts_are_understood():
     request = functools.partial(rewards.Request)
     assert rewards.geneval_requests("a photo of an orange orange") == [request("orange", 1, "orange")]
+    assert rewards.geneval_requests("a photo of four benchs") == [request("bench", 4)]
     assert rewards.geneval_requests("a photo of two wine glasses") == [request("wine glass", 2)]
     position = rewards.geneval_requests("a photo of a tv remote above a hot dog")
     assert position == [request("hot dog", 1), request("tv remote", 1, None, "above")]
