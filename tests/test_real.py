@@ -114,19 +114,28 @@ def test_two_processes_train_what_one_does(script, tmp_path):
     if script == "gcpo":
         flags[flags.index("--step-fraction")] = "--chunk-fraction"
         flags += ["--weighted", "--min-chunk", "2"]
+    # Everything but the number of processes alike: threads, which round differently, and no ratio at the clip's edge, where
+    # the last bit decides whether a trajectory has a gradient.
+    flags += ["--clip", "0.01", "--lr", "3e-4"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     one = run(script, tmp_path / "one", *flags, small=False)
+    torch.set_num_threads(threads)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, f"{script}.py", *flags, "--output-dir", str(tmp_path / "two")],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = load_file(one / LORA), load_file(tmp_path / "two" / LORA)
-    assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5
+    difference = max((a[n] - b[n]).abs().max().item() for n in a)
+    print(f"{script}: largest difference {difference:.1e}")
+    assert difference < 1e-5
     start = load_file(run(script, tmp_path / "start", *flags, "--iterations", "1", small=False) / LORA)
-    assert max((a[n] - start[n]).abs().max() for n in a) > 1e-3
+    assert max((a[n] - start[n]).abs().max() for n in a) > 3e-4
     assert scalars(one)["charts/reward"] == pytest.approx(scalars(tmp_path / "two")["charts/reward"], abs=1e-4)
     x, y = (json.loads((f / "result.json").read_text())["final_score"] for f in (one, tmp_path / "two"))
     assert x == pytest.approx(y, abs=1 / 12)  # at most one image of twelve is judged otherwise
