@@ -117,7 +117,8 @@ def logged(folder):
 
 
 def run(command):
-    subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def script_args(script, args):
