@@ -32,7 +32,7 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import rewards
 import shapes
@@ -467,7 +467,8 @@ def save_lora(pipe, run_dir):
             run_dir,
             transformer_lora_layers=lora_state(pipe),
             weight_name=temporary.name,
-            save_function=lambda weights, path: save_file(weights, path, metadata),
+            # not save_file, whose own temporary file would outlive a kill
+            save_function=lambda weights, path: Path(path).write_bytes(save(weights, metadata)),
         )
 
 
