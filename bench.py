@@ -192,25 +192,23 @@ if __name__ == "__main__":
 
     runs, peaks, iteration = {}, {}, {}
     sampling, training = bare_calls(parsed, pipe, 1.0)
-    bare = {"sampling": [], "training": []}
-    for script in SCRIPTS:  # the bare calls are measured before, between and after the scripts
-        for name, values in medians({"sampling": sampling, "training": training}, 1).items():
-            bare[name] += values
+    bare = [medians({"sampling": sampling, "training": training}, 2)]
+    for script in SCRIPTS:  # the bare calls are measured right before and right after each script
         folder = Path(workspace.name) / script
         run(command_line(script, args, folder))
         runs[script] = logged(folder)
         peaks[script] = json.loads((folder / "result.json").read_text())["peak_memory_mb"]
         iteration[script] = parsed.prompts * parsed.group_size / runs[script]["charts/images_per_second"]
-    for name, values in medians({"sampling": sampling, "training": training}, 1).items():
-        bare[name] += values
+        bare.append(medians({"sampling": sampling, "training": training}, 2))
     share = {script: values["charts/groups_with_spread"].mean() for script, values in runs.items()}
-    for script in ("grpo", "gcpo"):
-        limit = statistics.median(bare["sampling"]) + share[script] * statistics.median(bare["training"])
+    for script, before, after in zip(("grpo", "gcpo"), bare, bare[1:]):
+        bare_part = {"sample": statistics.median(before["sampling"] + after["sampling"])}
+        bare_part["train"] = share[script] * statistics.median(before["training"] + after["training"])
+        limit = sum(bare_part.values())
         show(f"(a) {script}: iteration / bare model calls", iteration[script] / limit)
         parts = {name: runs[script][f"time/{name}"] / limit for name in ("sample", "decode", "reward", "train")}
         for name, values in parts.items():
-            extra = {"sample": bare["sampling"], "train": [share[script] * t for t in bare["training"]]}.get(name)
-            note = f", of it bare calls {statistics.median(extra) / limit:.2f}" if extra else ""
+            note = f", of it bare calls {bare_part[name] / limit:.2f}" if name in bare_part else ""
             show(f"      {name}{note}", values)
     functions, size = kernel_functions(parsed.device)
     seconds = medians(functions, 20)

@@ -189,12 +189,15 @@ def chunk_weights(curve, chunk_sizes):
 
 
 def batch_chunks(chunks, micro_batch):
-    """Packs chunks (trajectory, first step, size, ...) whole into lists of at most `micro_batch` steps, or of one chunk."""
-    batches = []
-    for chunk in chunks:
-        if not batches or sum(size for _, _, size, *_ in batches[-1]) + chunk[2] > micro_batch:
+    """Packs whole chunks (trajectory, first step, size, ...), long ones first, into lists of `micro_batch` steps or one chunk."""
+    batches, room = [], []
+    for chunk in sorted(chunks, key=lambda chunk: -chunk[2]):
+        if max(room, default=0) < chunk[2]:
             batches.append([])
-        batches[-1].append(chunk)
+            room.append(micro_batch)
+        i = next((i for i, steps in enumerate(room) if steps >= chunk[2]), -1)
+        batches[i].append(chunk)
+        room[i] -= chunk[2]
     return batches
 
 
@@ -267,7 +270,7 @@ if __name__ == "__main__":
         clock.append(time.monotonic())
 
         # Reward and advantage
-        images = sampler.decode(pipe, final, args.micro_batch)
+        images = sampler.decode(pipe, final)
         clock.append(time.monotonic())
         prompt_of = [prompts[p] for p in group.tolist()]
         scores = sampler.gather(reward_function.score(images, prompt_of).to(args.device))

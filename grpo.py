@@ -199,7 +199,7 @@ if __name__ == "__main__":
         clock.append(time.monotonic())
 
         # Reward and advantage
-        images = sampler.decode(pipe, final, args.micro_batch)
+        images = sampler.decode(pipe, final)
         clock.append(time.monotonic())
         prompt_of = [prompts[p] for p in group.tolist()]
         scores = sampler.gather(reward_function.score(images, prompt_of).to(args.device))

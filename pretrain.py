@@ -35,11 +35,11 @@ import shapes
 class Args:
     output_dir: Path = Path("tiny-sd3")
     """folder of the finished pipeline; training state, logs and grids go to <output_dir>-training"""
-    vae_steps: int = 2400
+    vae_steps: int = 3000
     """optimizer steps of the autoencoder"""
     vae_batch: int = 32
     """images a step of the autoencoder"""
-    vae_lr: float = 2e-3
+    vae_lr: float = 4e-3
     """peak learning rate of the autoencoder"""
     kl_weight: float = 3e-4
     """weight of the autoencoder's KL term, averaged over latent elements"""
@@ -119,12 +119,12 @@ def build_pipeline(seed=0):
     t5, t5_tokenizer = build_silent_t5()
     text_encoders = [build_text_encoder(tokenizer, seed + i) for i in (1, 2)]
     torch.manual_seed(seed)
-    channels = (8, 16, 32, 64)
+    channels = (8, 8, 8, 8)  # every image of a rollout is decoded: a wider autoencoder would cost more than the reward
     vae = AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=1,
+        layers_per_block=0,
         latent_channels=16,
         norm_num_groups=4,
         sample_size=shapes.SIZE,

@@ -177,9 +177,11 @@ def detect(images):
     Touching objects are one component, whose outline then matches nothing. An object's shape is the one whose ideal
     outline of the same area and centre overlaps it most, if by at least 0.75 (intersection over union).
     """
-    pixels = np.moveaxis(np.asarray(images, np.float32), 1, -1)  # (B, 64, 64, 3)
+    images = np.ascontiguousarray(images, np.float32)
+    pixels = np.moveaxis(images, 1, -1)  # (B, 64, 64, 3)
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float32)
-    nearest = np.argmax(pixels @ palette.T - 0.5 * (palette**2).sum(1), axis=-1)  # = argmin of the distance
+    similarity = palette @ images.reshape(len(images), 3, -1) - 0.5 * (palette**2).sum(1, keepdims=True)
+    nearest = similarity.argmax(1).reshape(-1, SIZE, SIZE)  # = argmin of the distance; 0 is background
     labels, n = ndimage.label(nearest > 0, structure=_CONNECTED_IN_IMAGE)
     found = [[] for _ in pixels]
     if n == 0:

@@ -235,7 +235,7 @@ if __name__ == "__main__":
         state_rewards, estimates = torch.empty(B, S + 1), {}
         for b, k in (rows.T for rows in states.split(args.micro_batch)):
             x0_hat = tweedie(pipe, trajectory[b, k], velocities[b, k], k, sigmas, text[group[b]], args.substeps, args)
-            images = sampler.decode(pipe, x0_hat, args.micro_batch)
+            images = sampler.decode(pipe, x0_hat)
             state_rewards[b.cpu(), k.cpu()] = reward_function.score(images, [prompt_of[i] for i in b.tolist()])
             estimates.update({j: image for i, j, image in zip(b.tolist(), k.tolist(), images) if i == 0})
         state_rewards[:, 0] = state_rewards.view(P, G, S + 1)[:, 0, 0].repeat_interleave(G)
