@@ -49,7 +49,7 @@ class Args:
     """if set, flow matching stops after this many minutes instead of --steps"""
     loosen_steps: int = 400
     """further steps, in which --wrong-captions of the captions belong to another scene"""
-    wrong_captions: float = 0.25
+    wrong_captions: float = 0.4
     """share of wrong captions at the end: the model still draws crisply but follows a caption less, which RL can mend"""
     batch: int = 128
     """images a step of flow matching"""
