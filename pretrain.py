@@ -1,6 +1,6 @@
 """Trains the miniature Stable Diffusion 3 that ships in `tiny-sd3/`, from nothing.
 
-    python pretrain.py                       # about an hour on two CPU cores; run it again to resume
+    python pretrain.py                       # about half an hour on two CPU cores; run it again to resume
     python pretrain.py --minutes 5 --output-dir runs/quick-sd3
 
 First the autoencoder learns to compress 64 x 64 images to 16 x 8 x 8 latents, then the transformer and both text encoders
