@@ -52,7 +52,7 @@ class Args:
     """transition kernel, see sampler.sde_step"""
     guidance: float = 1.0
     """classifier-free guidance scale; at most 1 is without"""
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     """learning rate of AdamW"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over --iterations"""
