@@ -118,6 +118,7 @@ def logged(folder):
 
 def run(command):
     environment = {**os.environ, "TQDM_DISABLE": "1"}
+    torch.cuda.empty_cache()  # the GPU is the run's; nothing where there is none
     subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -183,6 +184,8 @@ def kernel_functions(device):
 
 if __name__ == "__main__":
     args, args.flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
+    if args.iterations < 1:
+        sampler.fail("--iterations must be at least 1")
     workspace = tempfile.TemporaryDirectory()
     if args.random_weights:
         args.model = f"{workspace.name}/sd3"

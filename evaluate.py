@@ -57,7 +57,7 @@ class Args:
 
 def parse_args():
     given = tyro.cli(Args, description=__doc__)
-    preset = dict(sampler.PRESETS.get(given.model, sampler.PRESETS["other"]))
+    preset = dict(sampler.preset_of(given.model))
     if given.lora:
         try:
             preset = json.loads((Path(given.lora) / "args.json").read_text())

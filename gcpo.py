@@ -289,7 +289,7 @@ if __name__ == "__main__":
         # Optimize: the chunks to train, as (trajectory, first step, size, weight, index), in --updates parts
         for part in np.array_split(rng.permutation(kept), args.updates):
             chunks = []
-            for b in part:
+            for b in part.tolist():
                 drawn, p = math.ceil(args.chunk_fraction * len(plans[b])), chunk_weights(curves[b], plans[b])
                 for j in rng.choice(len(plans[b]), drawn, replace=False, p=p if args.weighted else None):
                     if b in mine:

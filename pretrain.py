@@ -1,7 +1,7 @@
-"""Trains the miniature Stable Diffusion 3 that ships in `tiny-sd3/`, from nothing.
+"""Trains a miniature Stable Diffusion 3 like the one that ships in `tiny-sd3/`, from nothing.
 
     python pretrain.py                       # about half an hour on two CPU cores; run it again to resume
-    python pretrain.py --minutes 5 --output-dir runs/quick-sd3
+    python gcpo.py --model runs/tiny-sd3
 
 First the autoencoder learns to compress 64 x 64 images to 16 x 8 x 8 latents, then the transformer and both text encoders
 learn flow matching on those latents: with x_sigma = (1 - sigma) x0 + sigma noise, the velocity v(x_sigma, sigma,
@@ -33,7 +33,7 @@ import shapes
 
 @dataclass
 class Args:
-    output_dir: Path = Path("tiny-sd3")
+    output_dir: Path = Path("runs/tiny-sd3")
     """folder of the finished pipeline; training state, logs and grids go to <output_dir>-training"""
     vae_steps: int = 3000
     """optimizer steps of the autoencoder"""

@@ -64,12 +64,17 @@ def fail(message):
     sys.exit(2)
 
 
+def preset_of(model):
+    """The settings that a model starts from; a folder called tiny-sd3, as pretrain.py makes it, is a miniature too."""
+    return PRESETS["tiny" if Path(MODELS.get(model, model)).name == Path(MODELS["tiny"]).name else "other"]
+
+
 def parse_args(Args, description):
     """The command line over the model's preset over the defaults of `Args`, checked."""
     argv = sys.argv[1:]
     if not any(flag.split("=")[0] == "--resume" for flag in argv) or "--help" in argv:
-        model = tyro.cli(Args, description=description).model
-        preset = PRESETS.get(model, PRESETS["other"])
+        model = tyro.cli(Args, description=description, args=[flag for flag in argv if flag not in ("--help", "-h")]).model
+        preset = preset_of(model)
         known = {name: value for name, value in preset.items() if name in Args.__dataclass_fields__}
         args = tyro.cli(Args, description=description, default=Args(**known))
     else:  # a run is resumed with the arguments it was started with; those given now win
@@ -118,6 +123,9 @@ def check_model_and_reward(args):
         fail(f"--model {args.model} is neither {', '.join(MODELS)} nor a folder nor a hub id like owner/name")
     if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
         fail(f"--model {args.model} has no model_index.json, so it is not a pipeline saved by diffusers")
+    for name in ("guidance", "resolution", "beta", "seed"):
+        if not 0 <= getattr(args, name, 0) < math.inf:
+            fail(f"--{name} {getattr(args, name)} must be a number from 0 up")
 
 
 def check(args):
@@ -134,11 +142,6 @@ def check(args):
     for name in ("lr", "clip", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be a positive number")
-    if args.seed < 0 or args.resolution < 0:
-        fail("--seed and --resolution must be from 0 up")
-    for name in ("beta", "guidance"):
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name} {getattr(args, name)} must be a number from 0 up")
     for name in ("step_fraction", "chunk_fraction"):
         if not 0 < getattr(args, name, 1.0) <= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0 and at most 1")
@@ -174,6 +177,8 @@ def resolve_device(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" or args.device.startswith("cuda") and rank_world()[1] > 1:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if int(args.device[5:]) >= torch.cuda.device_count():
+            fail(f"torchrun starts more processes than this machine has GPUs; --nproc-per-node may be {torch.cuda.device_count()}")
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     else:
@@ -246,8 +251,8 @@ def load_pipeline(args):
         pipe = StableDiffusion3Pipeline.from_pretrained(MODELS.get(args.model, args.model), dtype=dtypes)
     except (OSError, ValueError) as error:
         name = MODELS.get(args.model, args.model)
-        if Path(name).is_dir():
-            fail(f"the pipeline in {name} could not be loaded: {error}")
+        if Path(name).is_dir() or not isinstance(error, OSError):
+            fail(f"{name} could not be loaded as a StableDiffusion3Pipeline: {error}")
         fail(
             f"the weights of {name} are neither on disk nor to be had ({type(error).__name__}); accept their licence on "
             f"https://huggingface.co/{name} and run `hf auth login`, or take --model tiny, which needs no download"
@@ -490,8 +495,8 @@ def load_state(run_dir, pipe, optimizer, args):
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:
         fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
-    done = state["iteration"]
-    if done > args.iterations or done == args.iterations and (run_dir / "result.json").exists():
+    done, planned = state["iteration"], json.loads((run_dir / "args.json").read_text())["iterations"]
+    if done > args.iterations or done == args.iterations and (done < planned or (run_dir / "result.json").exists()):
         fail(f"the run already has its {done} iterations; give a larger --iterations to go on")
     if rank_world()[0] == 0:
         write_json(run_dir / "args.json", {**json.loads((run_dir / "args.json").read_text()), **asdict(args)})
@@ -527,7 +532,7 @@ def report(args, algorithm, run_dir, held_out, seconds):
     result |= dict(peak_memory_mb=peak_memory_mb(args.device))
     write_json(run_dir / "result.json", result)
     for name, base in held_out["base_categories"].items():
-        print(f"{name:20} {base:7.3f} -> {held_out['final_categories'][name]:7.3f}")
+        print(f"{name:20} {base:7.3f} -> {held_out['final_categories'].get(name, math.nan):7.3f}")
     print(f"{'all':20} {held_out['base_score']:7.3f} -> {held_out['final_score']:7.3f}")
     print(f"{seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
     print(f"Look at it: tensorboard --logdir {run_dir.parent}, or {run_dir}/before.png and after.png")

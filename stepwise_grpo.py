@@ -249,7 +249,7 @@ if __name__ == "__main__":
         # Optimize: the (trajectory, step) pairs to train, in --updates parts
         for part in np.array_split(rng.permutation(kept), args.updates):
             drawn = math.ceil(args.step_fraction * S)
-            pairs = [(b - mine.start, k) for b in part for k in rng.permutation(S)[:drawn] if b in mine]
+            pairs = [(b - mine.start, k) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
             for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
                 b, k = torch.tensor(micro, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]

@@ -94,6 +94,14 @@ def test_presets_give_way_to_flags(monkeypatch):
     assert (args.resolution, args.steps, args.lr, args.clip, args.rank) == (512, 10, 3e-4, 1e-4, 32)
     assert args.guidance == 7 and not args.gradient_checkpointing
     assert parse().resolution == 0
+    assert sampler.preset_of("somewhere/tiny-sd3") == sampler.PRESETS["tiny"] != sampler.preset_of("somewhere/else")
+
+
+def test_help_shows_the_defaults_of_the_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", "sd3", "--help"])
+    with pytest.raises(SystemExit):
+        sampler.parse_args(grpo.Args, None)
+    assert "default: 512" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_weights_that_cannot_be_had_are_explained(tmp_path):
@@ -225,6 +233,7 @@ def test_evaluate_scores_a_run_and_its_hybrids(tmp_path):
     [
         ("--lora nowhere", "not the folder of a run"),
         ("--hybrid 2", "from 0 to 1"),
+        ("--resolution -64 --reward jpeg-compressibility", "from 0 up"),
         ("--rank 0", "at least 1"),
         ("--device tpu9", "not available"),
         ("--output-dir /dev/null/x", "Not a directory"),

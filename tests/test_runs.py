@@ -262,7 +262,11 @@ def test_ctrl_c_saves_and_leaves(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "continue with --resume" in errors and "Traceback" not in errors
-    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"] >= 1
+    done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["iteration"]
+    assert done >= 1
+    with pytest.raises(SystemExit) as stop:  # that many iterations are done but were never evaluated
+        run("grpo", tmp_path / "run", "--resume", str(tmp_path / "run"), "--iterations", str(done), small=False)
+    assert stop.value.code == 2
 
 
 def test_from_the_command_line_there_is_no_traceback():
