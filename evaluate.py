@@ -35,7 +35,7 @@ class Args:
     """denoising steps, deterministic"""
     hybrid: float = 1.0
     """share of the steps, from the first, in which the LoRA takes part"""
-    eval_images: int = 288
+    eval_images: int = 864
     """images"""
     guidance: float = 1.0
     """classifier-free guidance scale; at most 1 is without"""

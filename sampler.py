@@ -226,6 +226,8 @@ def start_run(args, script):
     except ValueError as error:
         fail(str(error))
     pipe = load_pipeline(args)
+    train_prompts, _ = rewards.prompt_set(args)
+    encode(pipe, sum(train_prompts.values(), [])[:512], args)  # a larger set goes on as its prompts are drawn
     if rank == 0 and not args.resume:
         write_json(run_dir / "args.json", {"script": script, **asdict(args)})
     return run_dir, pipe

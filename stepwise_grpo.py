@@ -84,7 +84,7 @@ class Args:
     """iterations between evaluations on the held-out prompts"""
     eval_steps: int = 6
     """denoising steps of an evaluation, deterministic"""
-    eval_images: int = 288
+    eval_images: int = 864
     """images of an evaluation"""
     save_every: int = 10
     """iterations between saves of the state"""
