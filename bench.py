@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,21 +80,15 @@ def random_sd3(folder):
     StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts).save_pretrained(folder)
 
 
-def synchronized():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def medians(functions, repeats):
     """Seconds of each function, {name: [repeats values]}, measured in turns so that a slow moment hits all alike."""
     seconds = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
-            began = synchronized()
+            began = sampler.now()
             function()
             if repeat:  # the first warms up
-                seconds[name].append(synchronized() - began)
+                seconds[name].append(sampler.now() - began)
     return seconds
 
 
@@ -179,7 +172,7 @@ def kernel_functions(device):
             grpo.transition_log_prob(*arguments).sum().backward()
         v.grad = None
 
-    return {"compiled": lambda: step("default"), "eager": lambda: step("force_eager"), "copy": lambda: x.clone()}, v.nbytes
+    return {"compiled": lambda: step("default"), "eager": lambda: step("force_eager"), "copy": lambda: x.clone()}
 
 
 if __name__ == "__main__":
@@ -213,12 +206,15 @@ if __name__ == "__main__":
         for name, values in parts.items():
             note = f", of it bare calls {bare_part[name] / limit:.2f}" if name in bare_part else ""
             show(f"      {name}{note}", values)
-    functions, size = kernel_functions(parsed.device)
-    seconds = medians(functions, 20)
-    ratio = lambda a, b: [x / y for x, y in zip(seconds[a], seconds[b])]
-    show("(b) log-probability kernel: eager / compiled time", ratio("eager", "compiled"))
-    # Forward reads v, x and x_next; backward reads them again and writes v's gradient: 7 tensors. A copy reads one, writes one.
-    show("      its bandwidth / a copy's", [7 / 2 * r for r in ratio("copy", "compiled")])
+    if sampler.has_compiler(parsed.device):
+        functions = kernel_functions(parsed.device)
+        seconds = medians(functions, 20)
+        ratio = lambda a, b: [x / y for x, y in zip(seconds[a], seconds[b])]
+        show("(b) log-probability kernel: eager / compiled time", ratio("eager", "compiled"))
+        # Forward reads v, x and x_next; backward reads them again and writes v's gradient: 7 tensors. A copy reads one, writes one.
+        show("      its bandwidth / a copy's", [7 / 2 * r for r in ratio("copy", "compiled")])
+    else:
+        print("(b) not measured: no C++ compiler found")
     for script in ("gcpo", "stepwise_grpo"):
         show(f"(c) {script} iteration / grpo iteration", iteration[script] / statistics.median(iteration["grpo"]))
     for script, values in iteration.items():

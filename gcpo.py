@@ -17,7 +17,6 @@ Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level rat
 
 import math
 import signal
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +241,7 @@ if __name__ == "__main__":
     bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True, disable=rank > 0)
     for iteration in bar:
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
-        clock, stats, times_trained = [time.monotonic()], defaultdict(list), Counter()
+        clock, stats, times_trained = [sampler.now()], defaultdict(list), Counter()
         rng = np.random.default_rng((args.seed, iteration))
         prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
         text = sampler.encode(pipe, prompts, args)
@@ -267,17 +266,17 @@ if __name__ == "__main__":
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
-        clock.append(time.monotonic())
+        clock.append(sampler.now())
 
         # Reward and advantage
         images = sampler.decode(pipe, final)
-        clock.append(time.monotonic())
+        clock.append(sampler.now())
         prompt_of = [prompts[p] for p in group.tolist()]
         scores = sampler.gather(reward_function.score(images, prompt_of).to(args.device))
         advantages = group_advantages(scores, G, args.global_std)
         kept = advantages.view(args.prompts, -1).any(1).repeat_interleave(G).nonzero().flatten().cpu().numpy()
         advantages = advantages[mine.start : mine.stop]
-        clock.append(time.monotonic())
+        clock.append(sampler.now())
 
         # The chunk plan of every trajectory
         curves = sampler.gather(relative_distance(trajectory, args.distance)).double().cpu().numpy()
@@ -331,7 +330,7 @@ if __name__ == "__main__":
                 stats["losses/grad_norm"].append(norm[None])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        clock.append(time.monotonic())
+        clock.append(sampler.now())
 
         # Log (losses are those of rank 0), evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}

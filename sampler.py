@@ -192,6 +192,19 @@ def resolve_device(args):
         args.dtype = "bfloat16" if fast else "float32"
 
 
+def has_compiler(device):
+    """Whether torch.compile finds what it needs on this machine."""
+    compilers = (os.environ.get("CXX", "g++"),) if device == "cpu" else (os.environ.get("CC", "gcc"), "clang")
+    return any(map(shutil.which, compilers))
+
+
+def now():
+    """Seconds on a clock that first waits for the GPU, whose calls return before their work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
 def start_run(args, script):
     """Resolves what args leaves open, joins the other processes, makes the run's folder with args.json, loads the pipeline.
 
@@ -206,8 +219,7 @@ def start_run(args, script):
     if world > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         atexit.register(dist.destroy_process_group)
-    compilers = (os.environ.get("CXX", "g++"),) if args.device == "cpu" else (os.environ.get("CC", "gcc"), "clang")
-    if args.compile and not any(map(shutil.which, compilers)):
+    if args.compile and not has_compiler(args.device):
         print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same" * (rank == 0))
         args.compile = False
     torch.compiler.set_stance("default" if args.compile else "force_eager")
