@@ -289,8 +289,9 @@ if __name__ == "__main__":
         for part in np.array_split(rng.permutation(kept), args.updates):
             chunks = []
             for b in part.tolist():
-                drawn, p = math.ceil(args.chunk_fraction * len(plans[b])), chunk_weights(curves[b], plans[b])
-                for j in rng.choice(len(plans[b]), drawn, replace=False, p=p if args.weighted else None):
+                drawn = math.ceil(args.chunk_fraction * len(plans[b]))
+                p = chunk_weights(curves[b], plans[b]) if args.weighted else None
+                for j in rng.choice(len(plans[b]), drawn, replace=False, p=p):
                     if b in mine:
                         chunks.append((b - mine.start, sum(plans[b][:j]), plans[b][j], 1 / (len(part) * drawn), j))
             for micro in batch_chunks(chunks, args.micro_batch):

@@ -178,12 +178,11 @@ def detect(images):
     outline of the same area and centre overlaps it most, if by at least 0.75 (intersection over union).
     """
     images = np.ascontiguousarray(images, np.float32)
-    pixels = np.moveaxis(images, 1, -1)  # (B, 64, 64, 3)
     palette = np.array([BACKGROUND, *COLOURS.values()], np.float32)
     similarity = palette @ images.reshape(len(images), 3, -1) - 0.5 * (palette**2).sum(1, keepdims=True)
     nearest = similarity.argmax(1).reshape(-1, SIZE, SIZE)  # = argmin of the distance; 0 is background
     labels, n = ndimage.label(nearest > 0, structure=_CONNECTED_IN_IMAGE)
-    found = [[] for _ in pixels]
+    found = [[] for _ in images]
     if n == 0:
         return found
     where = np.nonzero(labels)
@@ -192,7 +191,8 @@ def detect(images):
     votes = np.bincount(index * len(palette) + nearest[where], minlength=n * len(palette)).reshape(n, -1)
     colour = votes.argmax(1)
     in_colour = nearest[where] == colour[index]
-    mean = np.stack([np.bincount(index, pixels[where][:, c] * in_colour, n) for c in range(3)], 1) / votes.max(1)[:, None]
+    pixels = np.moveaxis(images, 1, -1)[where]  # (N, 3)
+    mean = np.stack([np.bincount(index, pixels[:, c] * in_colour, n) for c in range(3)], 1) / votes.max(1)[:, None]
     closeness = np.clip(1 - np.linalg.norm(mean - palette[colour], axis=1) / 0.5, 0, 1) * votes.max(1) / area
     centre_y, centre_x = (np.bincount(index, where[i], n) / area for i in (1, 2))
 
