@@ -7,7 +7,7 @@
 (b) the log-probability kernel, compiled over eager, forward and backward, and its bandwidth over that of a plain copy
 (c) an iteration of GCPO and of Stepwise-Flow-GRPO over one of GRPO
 (d) an iteration in one process over one shared by two (on a CPU with two cores or more)
-(e) on a GPU, model FLOPs utilisation of (a)'s calls
+(e) on a GPU, model FLOPs utilisation of a GRPO iteration
 
 Flags that are not its own go to the scripts.
 """
@@ -112,16 +112,14 @@ def logged(folder):
 def run(command):
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     torch.cuda.empty_cache()  # the GPU is the run's; nothing where there is none
-    subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def script_args(script, args):
     """The script's own arguments and pipeline, as its run has them."""
-    argv, sys.argv = sys.argv, command_line(script, args, "nowhere")
-    try:
-        parsed = sampler.parse_args(SCRIPTS[script].Args, None)
-    finally:
-        sys.argv = argv
+    parsed = sampler.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere")[1:])
     sampler.resolve_device(parsed)
     return parsed, sampler.load_pipeline(parsed)
 

@@ -1,16 +1,19 @@
 """Runs the three methods with several seeds and draws their held-out score against images and minutes.
 
     python compare.py                         # every default, three seeds; finished runs are not run again
-    python compare.py --seeds 0 --runs-dir runs/flow --output-dir runs/flow --sde flow --eta 0.7    # for its runs
+    python compare.py --seeds 0 --runs-dir runs/flow --output-dir runs/flow --sde flow --eta 0.7
 
-Flags that are not its own go to every run. Writes <output-dir>/comparison.csv, a row an evaluation, and comparison.png.
+Flags that are not its own go to every run, so all scripts must know them; other flags need another --runs-dir. Writes
+<output-dir>/comparison.csv, a row an evaluation, and comparison.png.
 """
 
 import csv
+import importlib
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sampler
 
 
 @dataclass
@@ -32,6 +37,25 @@ class Args:
     """folder of the table and the plot"""
     runs_dir: Path = Path("runs/compare")
     """folder of the runs"""
+
+
+# A run with another of these is the same experiment
+IMMATERIAL = ("seed", "output_dir", "resume", "device", "dtype", "compile", "micro_batch", "save_every")
+
+
+def settings(method, flags):
+    """What makes a run of a script with these flags the experiment it is; a flag that the script does not know ends the program."""
+    given = asdict(sampler.parse_args(importlib.import_module(method).Args, None, flags))
+    return json.loads(json.dumps({name: value for name, value in given.items() if name not in IMMATERIAL}))
+
+
+def check_folder(folder, wanted):
+    """Ends the program if the folder holds a run with other settings than those wanted."""
+    saved = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else wanted
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            flag = name.replace("_", "-")
+            sampler.fail(f"{folder} holds a run with --{flag} {saved.get(name)}, not {value}; name another --runs-dir")
 
 
 def evaluations(folder):
@@ -48,7 +72,13 @@ def evaluations(folder):
 if __name__ == "__main__":
     args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     if {"--seed", "--output-dir", "--resume"} & {flag.split("=")[0] for flag in flags} or not (args.seeds and args.methods):
-        sys.exit("--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run")
+        sampler.fail("--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run")
+    for method in args.methods:
+        if not (Path(__file__).parent / f"{method}.py").exists():
+            sampler.fail(f"--methods {method}: there is no {method}.py")
+        wanted = settings(method, flags)
+        for seed in args.seeds:
+            check_folder(args.runs_dir / f"{method}-{seed}", wanted)
     rows = []
     for seed in args.seeds:
         for method in args.methods:
@@ -69,7 +99,7 @@ if __name__ == "__main__":
         writer.writerows(rows)
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for method, colour in zip(args.methods, ("tab:gray", "tab:blue", "tab:orange")):
+    for method, colour in zip(args.methods, itertools.cycle(("tab:gray", "tab:blue", "tab:orange", "tab:green"))):
         curves = [[r for r in rows if r["method"] == method and r["seed"] == seed] for seed in args.seeds]
         scores = np.array([[r["held_out"] for r in curve] for curve in curves])
         print(f"{method:15} {scores[:, 0].mean():.3f} -> {scores[:, -1].mean():.3f}, by seed {scores[:, -1].round(3).tolist()}")

@@ -36,7 +36,7 @@ class Args:
     hybrid: float = 1.0
     """share of the steps, from the first, in which the LoRA takes part"""
     eval_images: int = 864
-    """images"""
+    """images, the same number for every category"""
     guidance: float = 1.0
     """classifier-free guidance scale; at most 1 is without"""
     resolution: int = 0
@@ -99,7 +99,7 @@ if __name__ == "__main__":
     tuned_steps = round(args.hybrid * args.steps)
     score, by_category, samples = sampler.evaluate(pipe, args, args.steps, tuned_steps)
     result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=tuned_steps)
-    result |= dict(guidance=args.guidance, images=args.eval_images, score=score, categories=by_category)
+    result |= dict(guidance=args.guidance, images=len(samples[1]), score=score, categories=by_category)
     sampler.write_json(folder / "evaluation.json", result)
     sampler.save_grid(*samples, folder / "evaluation.png")
     for name, value in {**by_category, "all": score}.items():

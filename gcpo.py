@@ -10,7 +10,8 @@ G images of one prompt, started from the same noise, form a group; rewards are c
 
     A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (eq. 4)
     r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
-    loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta KL_j (eq. 14)
+    loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
+    KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 
 Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level ratio.
 """
@@ -93,7 +94,7 @@ class Args:
     eval_steps: int = 6
     """denoising steps of an evaluation, deterministic"""
     eval_images: int = 864
-    """images of an evaluation"""
+    """images of an evaluation, the same number for every category"""
     save_every: int = 10
     """iterations between saves of the state"""
     resolution: int = 0
@@ -101,7 +102,7 @@ class Args:
     text_length: int = 1
     """rows that T5 adds to a prompt (zeros in a model without T5)"""
     micro_batch: int = 128
-    """latents that go through the model at a time"""
+    """latents that go through the model at a time (with guidance twice that)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = True
@@ -188,7 +189,7 @@ def chunk_weights(curve, chunk_sizes):
 
 
 def batch_chunks(chunks, micro_batch):
-    """Packs whole chunks (trajectory, first step, size, ...), long ones first, into lists of `micro_batch` steps or one chunk."""
+    """Packs chunks (trajectory, first step, size, ...) whole, long ones first: at most `micro_batch` steps, or one longer chunk."""
     batches, room = [], []
     for chunk in sorted(chunks, key=lambda chunk: -chunk[2]):
         if max(room, default=0) < chunk[2]:
@@ -333,7 +334,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad(set_to_none=True)
         clock.append(sampler.now())
 
-        # Log (losses are those of rank 0), evaluate, save
+        # Log (statistics of the training are those of rank 0), evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
         for k in range(S):
             scalars[f"chunks/distance_{k}"] = curves[:, k].mean()

@@ -10,6 +10,7 @@ G images of one prompt, started from the same noise, form a group; rewards are c
 
     A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (eq. 4)
     loss = mean over trajectories and trained steps k of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
+    KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 """
 
 import math
@@ -80,7 +81,7 @@ class Args:
     eval_steps: int = 6
     """denoising steps of an evaluation, deterministic"""
     eval_images: int = 864
-    """images of an evaluation"""
+    """images of an evaluation, the same number for every category"""
     save_every: int = 10
     """iterations between saves of the state"""
     resolution: int = 0
@@ -88,7 +89,7 @@ class Args:
     text_length: int = 1
     """rows that T5 adds to a prompt (zeros in a model without T5)"""
     micro_batch: int = 128
-    """latents that go through the model at a time"""
+    """latents that go through the model at a time (with guidance twice that)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = True
@@ -243,7 +244,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad(set_to_none=True)
         clock.append(sampler.now())
 
-        # Log (losses are those of rank 0), evaluate, save
+        # Log (statistics of the training are those of rank 0), evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
         scalars["charts/reward"] = scores.mean().item()
         scalars["charts/groups_with_spread"] = len(kept) / len(scores)

@@ -28,6 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+import sampler
 import shapes
 
 
@@ -321,6 +322,11 @@ def save_pipeline(pipe, folder):
 
 
 def main(args):
+    counts = (args.vae_steps, args.vae_batch, args.steps, args.eval_every)
+    if min(counts) < 1 or args.batch < 2 or args.loosen_steps < 0 or args.scenes < 3000:
+        sampler.fail(
+            "steps, batches and --eval-every must be at least 1, --batch 2, and --scenes 3000, which the autoencoder is tested on"
+        )
     logging.set_verbosity_error()  # the text encoders truncate captions on purpose
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log_dir = args.output_dir.with_name(args.output_dir.name + "-training")

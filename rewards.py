@@ -402,6 +402,11 @@ def build(spec):
     return replace(first, score=total("score"), verdict=verdict)
 
 
+def is_miniature(model):
+    """Whether a --model is the miniature: `tiny`, or a folder called tiny-sd3, as pretrain.py makes it."""
+    return Path(model).name in ("tiny", "tiny-sd3")
+
+
 def prompt_set(args):
     """(training, held-out) prompts by category, from --prompt-file, else the reward's (of a sum, the first's).
 
@@ -420,7 +425,7 @@ def prompt_set(args):
             raise ValueError(f"--prompt-file {args.prompt_file} holds no prompt; it takes one a line")
         chosen = by_category({"prompts": prompts})
     else:
-        chosen = PROMPT_SETS["shapes" if args.model == "tiny" else REWARDS[next(iter(parts))].prompts]
+        chosen = PROMPT_SETS["shapes" if is_miniature(args.model) else REWARDS[next(iter(parts))].prompts]
     for prompt in dict.fromkeys(p for half in chosen for prompts in half.values() for p in prompts):
         for name in parts:
             REWARDS[name].check(prompt)
@@ -432,10 +437,9 @@ def load(spec):
     for name in weights(spec):
         try:
             REWARDS[name].load()
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--reward {name} needs the package {error.name}: pip install {PACKAGES.get(error.name, error.name)}"
-            ) from None
+        except ImportError as error:
+            missing = error.name or str(error)
+            raise ValueError(f"--reward {name} needs the package {missing}: pip install {PACKAGES.get(missing, missing)}") from None
         except OSError as error:
             raise ValueError(
                 f"--reward {name}: its network is neither on disk nor to be had: {str(error).splitlines()[0]}"

@@ -32,6 +32,7 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 import rewards
@@ -65,20 +66,22 @@ def fail(message):
 
 
 def preset_of(model):
-    """The settings that a model starts from; a folder called tiny-sd3, as pretrain.py makes it, is a miniature too."""
-    return PRESETS["tiny" if Path(MODELS.get(model, model)).name == Path(MODELS["tiny"]).name else "other"]
+    """The settings that a model starts from."""
+    return PRESETS["tiny" if rewards.is_miniature(model) else "other"]
 
 
-def parse_args(Args, description):
-    """The command line over the model's preset over the defaults of `Args`, checked."""
-    argv = sys.argv[1:]
+def parse_args(Args, description, argv=None):
+    """The command line (or `argv`) over the model's preset over the defaults of `Args`, checked."""
+    argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] == "--resume" for flag in argv) or "--help" in argv:
         model = tyro.cli(Args, description=description, args=[flag for flag in argv if flag not in ("--help", "-h")]).model
         preset = preset_of(model)
         known = {name: value for name, value in preset.items() if name in Args.__dataclass_fields__}
-        args = tyro.cli(Args, description=description, default=Args(**known))
+        args = tyro.cli(Args, description=description, default=Args(**known), args=argv)
     else:  # a run is resumed with the arguments it was started with; those given now win
-        folder = Path(tyro.cli(Args, description=description).resume)
+        folder = Path(tyro.cli(Args, description=description, args=argv).resume)
+        if any(flag.split("=")[0] in ("--output-dir", "--output_dir") for flag in argv):
+            fail("--resume writes on in the folder it names; leave --output-dir away")
         try:
             saved = json.loads((folder / "args.json").read_text())
             script = saved.pop("script")
@@ -88,7 +91,7 @@ def parse_args(Args, description):
             args = Args(**{**saved, "resume": str(folder)})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             fail(f"--resume {folder} is not the folder of a run: it has no readable args.json")
-        args = tyro.cli(Args, description=description, default=args)
+        args = tyro.cli(Args, description=description, default=args, args=argv)
         args.output_dir = str(folder)
     check(args)
     if args.resume and not (Path(args.resume) / "state.pt").exists():
@@ -123,6 +126,8 @@ def check_model_and_reward(args):
         fail(f"--model {args.model} is neither {', '.join(MODELS)} nor a folder nor a hub id like owner/name")
     if Path(args.model).is_dir() and not (Path(args.model) / "model_index.json").is_file():
         fail(f"--model {args.model} has no model_index.json, so it is not a pipeline saved by diffusers")
+    if getattr(args, "seed", 0) >= 2**63:
+        fail(f"--seed {args.seed} must be below 2**63")
     for name in ("guidance", "resolution", "beta", "seed"):
         if not 0 <= getattr(args, name, 0) < math.inf:
             fail(f"--{name} {getattr(args, name)} must be a number from 0 up")
@@ -219,6 +224,9 @@ def start_run(args, script):
     if world > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         atexit.register(dist.destroy_process_group)
+        shared = [args.output_dir]  # the ranks' clocks may have named it differently
+        dist.broadcast_object_list(shared)
+        args.output_dir = shared[0]
     if args.compile and not has_compiler(args.device):
         print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same" * (rank == 0))
         args.compile = False
@@ -228,9 +236,12 @@ def start_run(args, script):
     if rank == 0:
         print(f"{script}: " + ", ".join(f"{name} {value}" for name, value in asdict(args).items() if value not in (None, "")))
         try:
+            fresh = not run_dir.exists()
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / ".writable").touch()
             (run_dir / ".writable").unlink()
+            if fresh:  # a start that fails leaves nothing behind
+                run_dir.rmdir()
         except OSError as error:
             fail(f"--output-dir {run_dir} cannot be written: {error.strerror}")
     try:
@@ -241,6 +252,7 @@ def start_run(args, script):
     train_prompts, _ = rewards.prompt_set(args)
     encode(pipe, sum(train_prompts.values(), [])[:512], args)  # a larger set goes on as its prompts are drawn
     if rank == 0 and not args.resume:
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "args.json", {"script": script, **asdict(args)})
     return run_dir, pipe
 
@@ -263,7 +275,7 @@ def load_pipeline(args):
     dtypes = {"vae": torch.float32, "transformer": dtype, "default": torch.float32 if args.device == "cpu" else dtype}
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(MODELS.get(args.model, args.model), dtype=dtypes)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         name = MODELS.get(args.model, args.model)
         if Path(name).is_dir() or not isinstance(error, OSError):
             fail(f"{name} could not be loaded as a StableDiffusion3Pipeline: {error}")
@@ -353,6 +365,8 @@ def velocity(pipe, x, sigma, text, args):
 
 def schedule(pipe, steps, device="cpu"):
     """The pipeline's own noise levels (T + 1,): sigmas[0] = 1 > ... > sigmas[T] = 0."""
+    if steps == 1:  # of which a scheduler with shift_terminal makes 0 / 0
+        return torch.tensor([1.0, 0.0], device=device)
     pipe.scheduler.set_timesteps(steps)
     return pipe.scheduler.sigmas.to(device)
 
@@ -513,6 +527,7 @@ def load_state(run_dir, pipe, optimizer, args):
     if done > args.iterations or done == args.iterations and (done < planned or (run_dir / "result.json").exists()):
         fail(f"the run already has its {done} iterations; give a larger --iterations to go on")
     if rank_world()[0] == 0:
+        (run_dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         write_json(run_dir / "args.json", {**json.loads((run_dir / "args.json").read_text()), **asdict(args)})
     return state
 

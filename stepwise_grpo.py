@@ -12,6 +12,7 @@ G images of one prompt, started from the same noise, form a group; rewards are c
     g_k  = R_{k+1} - R_k, the gain of step k; over a trajectory the gains add up to R_S - R_0, and R_0 is the group's
     A_k  = (g_k - mean of the group's gains) / (their std + 1e-4), over images and steps together
     loss = mean over trajectories and trained steps k of max(-A_k ratio_k, -A_k clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
+    KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 """
 
 import math
@@ -84,7 +85,7 @@ class Args:
     eval_steps: int = 6
     """denoising steps of an evaluation, deterministic"""
     eval_images: int = 864
-    """images of an evaluation"""
+    """images of an evaluation, the same number for every category"""
     save_every: int = 10
     """iterations between saves of the state"""
     resolution: int = 0
@@ -92,7 +93,7 @@ class Args:
     text_length: int = 1
     """rows that T5 adds to a prompt (zeros in a model without T5)"""
     micro_batch: int = 128
-    """latents that go through the model at a time"""
+    """latents that go through the model at a time (with guidance twice that)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = True
@@ -281,7 +282,7 @@ if __name__ == "__main__":
                 optimizer.zero_grad(set_to_none=True)
         clock.append(sampler.now())
 
-        # Log (losses are those of rank 0), evaluate, save
+        # Log (statistics of the training are those of rank 0), evaluate, save
         scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
         for k, gain in enumerate(step_gains.abs().mean(0).tolist()):
             scalars[f"gain/step_{k}"] = gain

@@ -2,10 +2,12 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import gcpo
 import grpo
@@ -80,6 +82,13 @@ def test_bfloat16_is_computed_in_float32():
     x = torch.ones(2, 3, dtype=torch.bfloat16)
     mean, std = sampler.sde_step(x, x, torch.tensor([0.5, 0.5]), torch.tensor([0.4, 0.4]), 0.9, 0.5, "flow")
     assert mean.dtype == std.dtype == torch.float32
+
+
+def test_a_schedule_falls_from_one_to_zero_even_with_one_step():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.2)
+    for steps in (1, 2, 6):
+        sigmas = sampler.schedule(SimpleNamespace(scheduler=scheduler), steps)
+        assert len(sigmas) == steps + 1 and sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
 def test_an_unknown_sde_is_named():

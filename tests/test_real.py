@@ -285,6 +285,12 @@ def test_a_prompt_file_is_split(tmp_path):
     assert rewards.prompt_set(args) == ({"prompts": ["a cat"]}, {"prompts": ["a cat"]})
 
 
+def test_a_miniature_in_a_folder_has_the_prompts_it_knows():
+    args = grpo.Args(model="runs/tiny-sd3", reward="jpeg-compressibility")
+    assert rewards.prompt_set(args) == rewards.PROMPT_SETS["shapes"] and sampler.preset_of(args.model) == {}
+    assert rewards.prompt_set(grpo.Args(model="sd3", reward="jpeg-compressibility")) == rewards.PROMPT_SETS["animals"]
+
+
 @pytest.fixture
 def tiny_networks(tmp_path, monkeypatch):
     """Random networks of the rewards' classes, in the place of the real ones."""

@@ -24,6 +24,9 @@ SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
 SMALL = "--prompts 2 --group-size 4 --steps 5 --eval-images 12 --updates 2 --no-compile --dtype float32 --device cpu".split()
 
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
 def run(script, folder, *flags, small=True):
     """Runs a script in this process, as `python script.py` would, and returns its folder."""
     argv, sys.argv = sys.argv, [f"{script}.py", *(SMALL if small else ()), *flags]
@@ -70,6 +73,18 @@ def test_compare_reads_a_runs_curve(finished):
     (images, minutes, score), (images_end, minutes_end, score_end) = compare.evaluations(folder)
     assert (images, minutes, images_end) == (0, 0, 16) and 0 < minutes_end == pytest.approx(result["seconds"] / 60, rel=1e-3)
     assert (score, score_end) == pytest.approx((result["base_score"], result["final_score"]))
+
+
+def test_compare_takes_a_finished_run_only_for_its_own_settings(finished, capsys):
+    script, folder = finished
+    flags = [*SMALL, "--iterations", "2"]
+    compare.check_folder(folder, compare.settings(script, flags))
+    with pytest.raises(SystemExit) as stop:
+        compare.check_folder(folder, compare.settings(script, [*flags, "--eta", "0.5"]))
+    assert stop.value.code == 2 and "holds a run with --eta 0.8, not 0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        compare.settings(script, ["--colour", "red"])
+    assert stop.value.code == 2
 
 
 def test_stock_diffusers_loads_the_lora(finished):
@@ -139,9 +154,17 @@ def test_the_same_seed_gives_the_same_bytes_and_a_resumed_run_too(finished, tmp_
     assert (other / "pytorch_lora_weights.safetensors").read_bytes() != first
 
 
+@needs_compiler
+def test_a_resumed_run_has_the_same_bytes_compiled_too(tmp_path):
+    whole = run("gcpo", tmp_path / "whole", "--iterations", "2", "--compile")
+    half = run("gcpo", tmp_path / "half", "--iterations", "1", "--compile")
+    run("gcpo", half, "--resume", str(half), "--iterations", "2", small=False)
+    a, b = ((folder / "pytorch_lora_weights.safetensors").read_bytes() for folder in (whole, half))
+    assert a == b
+
+
+@needs_compiler
 def test_compiled_and_eager_agree(tmp_path):
-    if not shutil.which("g++"):
-        pytest.skip("torch.compile needs a C++ compiler")
     a, b = (scalars(run("grpo", tmp_path / flag, "--iterations", "1", flag)) for flag in ("--compile", "--no-compile"))
     assert a["charts/reward"] == b["charts/reward"]
     assert a["losses/grad_norm"][0] == pytest.approx(b["losses/grad_norm"][0], rel=1e-3)
@@ -188,6 +211,8 @@ def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):
         ("grpo", "--device mps", "not available"),
         ("grpo", "--group-size 1", "at least 2"),
         ("grpo", "--seed -1", "from 0 up"),
+        ("grpo", "--seed 9223372036854775808", "below 2**63"),
+        ("grpo", "--resume tests --output-dir elsewhere", "leave --output-dir away"),
         ("grpo", "--resolution -16", "from 0 up"),
         ("grpo", "--text-length 0", "at least 1"),
         ("grpo", "--resume=nowhere", "not the folder of a run"),
@@ -228,6 +253,22 @@ def test_bad_input_is_answered_in_a_sentence(script, flags, message, capsys, mon
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path):
+    with pytest.raises(SystemExit):
+        run("grpo", tmp_path / "run", "--resolution", "100")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_that_breaks_off_leaves_no_result_of_the_shorter(finished, tmp_path, monkeypatch):
+    script, folder = finished
+    longer = shutil.copytree(folder, tmp_path / "longer")
+    broken = rewards.Reward(lambda images, prompts: torch.full((len(prompts),), torch.nan), "shapes", rewards.shapes_verdict)
+    monkeypatch.setitem(rewards.REWARDS, "shapes", broken)
+    with pytest.raises(SystemExit, match="not finite"):
+        run(script, longer, "--resume", str(longer), "--iterations", "3", small=False)
+    assert (folder / "result.json").exists() and not (longer / "result.json").exists()
 
 
 def test_a_run_of_another_script_a_finished_or_a_damaged_one_is_not_resumed(finished, tmp_path, capsys):
