@@ -538,8 +538,9 @@ def write_json(path, content):
 
 
 def save_grid(images, captions, path, columns=8):
-    """A PNG of up to 48 evenly spaced images over their captions; returns it as a (H, W, 3) uint8 array for TensorBoard."""
-    picked = list(range(0, len(images), math.ceil(len(images) / 48)))
+    """A PNG of up to six rows of neighbouring images over their captions, also returned as a (H, W, 3) uint8 array."""
+    starts = range(0, len(images), max(columns, math.ceil(len(images) / 6)))  # of six categories one row each
+    picked = [i for start in starts for i in range(start, min(start + columns, len(images)))]
     width = max(128, images.shape[-1])
     tiles = []
     for i in picked[: len(picked) // columns * columns or len(picked)]:
