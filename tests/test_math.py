@@ -317,6 +317,39 @@ def test_a_step_without_gain_gets_no_gradient_under_step_normalization():
     assert (log_prob.grad[:, 1] == 0).all() and (log_prob.grad[:, [0, 2]] != 0).all()
 
 
+@pytest.mark.parametrize("module", [grpo, gcpo, stepwise_grpo])
+def test_clipped_loss_by_hand(module):
+    ratio, advantages = torch.tensor([1.2, 0.8, 1.2, 0.8, 1.05], **F64), torch.tensor([1.0, 1, -1, -1, 1], **F64)
+    expected = torch.tensor([-1.1, -0.8, 1.2, 0.9, -1.05], **F64)
+    torch.testing.assert_close(module.clipped_loss(ratio, advantages, 0.1), expected)
+
+
+ADVANTAGES = {
+    "grpo": grpo.group_advantages,
+    "gcpo": gcpo.group_advantages,
+    "joint": lambda rewards, group_size: stepwise_grpo.gain_advantages(rewards[:, None], group_size)[:, 0],
+    "step": lambda rewards, group_size: stepwise_grpo.gain_advantages(rewards[:, None], group_size, "step")[:, 0],
+}
+
+
+@pytest.mark.parametrize("advantages", ADVANTAGES.values(), ids=ADVANTAGES)
+def test_advantages_are_clamped_on_both_sides_damped_and_zero_without_spread(advantages):
+    outlier = torch.zeros(100, **F64)
+    outlier[0] = 1
+    assert advantages(outlier, 100).max() == 5 and advantages(-outlier, 100).min() == -5
+    assert (advantages(torch.full((14,), 0.1), 7) == 0).all()  # in float32 the mean of seven 0.1s is not 0.1
+    assert advantages(torch.tensor([0, 2e-4], **F64), 2)[1].item() == pytest.approx(1 / (math.sqrt(2) + 1))  # std √2e-4, + 1e-4
+
+
+@pytest.mark.parametrize("module", [grpo, gcpo, stepwise_grpo])
+@pytest.mark.parametrize("sde", sampler.SDES)
+def test_the_transitions_log_prob_is_that_of_its_sde_step(module, sde):
+    v, x, x_next = (randn(3, 4, 5, seed=i) for i in range(3))
+    step = (torch.full((3,), 0.7, **F64), torch.full((3,), 0.6, **F64), 0.9, 0.5, sde)
+    expected = grpo.log_prob(x_next, *sampler.sde_step(v, x, *step))
+    torch.testing.assert_close(module.transition_log_prob(v, x, x_next, *step), expected)
+
+
 class AnyRows:
     def __getitem__(self, rows):
         return self
@@ -341,3 +374,13 @@ def test_more_substeps_approach_the_odes_end_and_the_last_state_takes_one(monkey
     end = M + SD * (x - (1 - level) * M) / ((1 - level) ** 2 * SD**2 + level**2).sqrt()
     torch.testing.assert_close(got[0], end[0], rtol=0, atol=0.02)
     torch.testing.assert_close(got[-1], x[-1] - sigmas[-2] * v[-1])
+
+
+@pytest.mark.parametrize("substeps", [2, 3, 5])
+def test_substeps_are_euler_steps_of_equal_size(monkeypatch, substeps):
+    got, x, v, sigmas = estimate(monkeypatch, substeps, T=7)
+    for k in range(7):
+        grid, z = torch.linspace(sigmas[k], 0, min(substeps, 7 - k) + 1, **F64), x[k]
+        for sigma, sigma_next in zip(grid, grid[1:]):
+            z = z + (sigma_next - sigma) * exact_velocity(z, sigma)
+        torch.testing.assert_close(got[k], z)

@@ -386,6 +386,28 @@ def test_geneval_rules(prompt, objects, strict, graded):
     assert verdict == strict and score == pytest.approx(graded)
 
 
+def test_coco_is_in_the_detectors_order():
+    known = {"person": 0, "bicycle": 1, "boat": 8, "cat": 15, "dog": 16, "bottle": 39, "hot dog": 52, "tv": 62, "toothbrush": 79}
+    assert {name: rewards.COCO.index(name) for name in known} == known
+
+
+def test_geneval_colours_are_those_of_the_masked_crops(monkeypatch):
+    def embeds(model, processor, images, texts):  # of an image its strongest channel outside the grey, of a text its colour
+        pixels = [np.asarray(image, int).reshape(-1, 3) for image in images]
+        means = [p[(p != 0x99).any(1)].mean(0) for p in pixels]
+        of = lambda word: [float(word == colour) for colour in rewards.COLOURS]
+        image_embeds = torch.tensor([of(("red", "green", "blue")[mean.argmax()]) for mean in means])
+        return image_embeds, torch.tensor([of(text.replace("-", " ").split()[4]) for text in texts])
+
+    monkeypatch.setattr(rewards, "clip_embeds", embeds)
+    monkeypatch.setattr(rewards, "load_clip", lambda *_: (None, None))
+    image, mask = np.zeros((40, 80, 3), np.uint8), np.zeros((40, 80), bool)
+    image[:, :40, 0] = image[:, 40:, 2] = 200  # red on the left, blue on the right,
+    image[20:], mask[:20] = (0, 255, 0), True  # green below, outside the mask
+    boxes = [rewards.Box(x, 20, 40, 40, 1.0, mask) for x in (60, 20)]
+    assert rewards.geneval_colours(image, boxes, "dog") == ["blue", "red"]
+
+
 def test_geneval_prompts_are_understood():
     request = functools.partial(rewards.Request)
     assert rewards.geneval_requests("a photo of an orange orange") == [request("orange", 1, "orange")]

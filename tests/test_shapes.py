@@ -140,3 +140,18 @@ def test_jpeg_rewards():
     kilobytes = rewards.jpeg_incompressibility(images, ["", ""])
     assert kilobytes[1] > 5 * kilobytes[0] > 0
     assert torch.equal(rewards.jpeg_compressibility(images, ["", ""]), -kilobytes)
+
+
+def test_size_and_outline_have_limits():
+    images = {radius: shapes.render([[Object("red", 32, 32, radius, "circle")]]) for radius in (4.5, 7.0, 11.0, 14.0, 17.0)}
+    assert [verdict(image, "a red circle") for image in images.values()] == [False, True, True, True, False]
+    half = images[11.0]
+    half[..., 33:] = shapes.render([[]])[..., 33:]
+    assert not any(verdict(half, f"a red {shape}") for shape in shapes.SHAPES)
+
+
+def test_what_is_wrong_earns_at_most_six_tenths():
+    strict, graded = shapes.judge(draw(CIRCLE, ("square", "red", 47, 17)), ["a red circle and a blue square"])
+    assert strict == 0 and graded <= 0.6
+    strict, graded = shapes.judge(draw(CIRCLE, ("square", "blue", 47, 17)), ["a blue circle and a red square"])
+    assert strict == 0 and graded <= 0.6

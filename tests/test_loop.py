@@ -1,0 +1,119 @@
+"""What the loops train: which prompts, trajectories and steps, with which weight, and that no flag is without effect."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from test_runs import ROOT, SCRIPTS, run, scalars
+
+import rewards
+import sampler
+import shapes
+
+QUICK = "--iterations 1 --eval-images 6 --eval-steps 1".split()
+
+
+@pytest.fixture
+def trained_rows(monkeypatch):
+    """Fills with (sigma (n,), norm of the gradient of the velocity (n,)) of every batch that is trained."""
+    rows, velocity = [], sampler.velocity
+
+    def spy(pipe, x, sigma, text, args):
+        v = velocity(pipe, x, sigma, text, args)
+        if v.requires_grad:
+            v.register_hook(lambda gradient: rows.append((sigma, gradient.flatten(1).norm(dim=1))))
+        return v
+
+    monkeypatch.setattr(sampler, "velocity", spy)
+    return rows
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_trains_on_training_prompts_and_is_tested_on_held_out_ones_by_the_verdict(script, tmp_path, monkeypatch):
+    trained, tested = [], []
+
+    def score(images, prompts):
+        trained.extend(prompts)
+        return torch.linspace(0, 1, len(prompts))
+
+    def verdict(images, prompts):
+        tested.extend(prompts)
+        return torch.full((len(prompts),), 0.25)
+
+    monkeypatch.setitem(rewards.REWARDS, "spy", rewards.Reward(score, "shapes", verdict))
+    folder = run(script, tmp_path / "run", *QUICK, "--reward", "spy")
+    train, held_out = (set().union(*half.values()) for half in rewards.PROMPT_SETS["shapes"])
+    assert trained and set(trained) <= train and set(tested) <= held_out
+    assert len(tested) == 2 * 6 and {shapes.SPECS[p].category for p in tested} == set(shapes.CATEGORIES)
+    assert json.loads((folder / "result.json").read_text())["final_score"] == 0.25
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_groups_without_spread_are_skipped(script, tmp_path, monkeypatch, trained_rows):
+    constant = rewards.Reward(lambda images, prompts: torch.full((len(prompts),), 0.1), "shapes")
+    monkeypatch.setitem(rewards.REWARDS, "constant", constant)
+    logged = scalars(run(script, tmp_path / "run", *QUICK, "--reward", "constant"))
+    assert logged["charts/groups_with_spread"] == [0] and "losses/grad_norm" not in logged and not trained_rows
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batches_do_not_change_the_gradient(script, tmp_path):
+    flags = [*QUICK, "--updates", "1", "--beta", "0.1", *(["--chunks", "1", "3"] if script == "gcpo" else [])]
+    whole, parts = (scalars(run(script, tmp_path / n, *flags, "--micro-batch", n))["losses/grad_norm"] for n in ("128", "5"))
+    assert whole == pytest.approx(parts, rel=1e-3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_kl_term_holds_the_policy_back(script, tmp_path):
+    flags = [*QUICK, "--iterations", "3", "--updates", "1", "--no-anneal-lr"]
+    free, held = (scalars(run(script, tmp_path / beta, *flags, "--beta", beta))["losses/kl"] for beta in ("1e-9", "1e4"))
+    assert free[1] == pytest.approx(held[1], rel=1e-3)  # the first update starts at the reference, where the KL has no slope
+    assert held[2] < free[2] / 2
+
+
+@pytest.mark.parametrize("script", ["grpo", "stepwise_grpo"])
+def test_step_fraction_is_the_share_of_the_steps_that_is_trained(script, tmp_path, trained_rows):
+    logged = scalars(run(script, tmp_path / "run", *QUICK, "--step-fraction", "0.5"))
+    assert sum(len(sigma) for sigma, _ in trained_rows) == 8 * 2 * logged["charts/groups_with_spread"][0]
+
+
+def test_chunks_cover_their_own_steps_and_a_fraction_of_them_is_trained(tmp_path):
+    def trained(*flags):
+        logged = scalars(run("gcpo", tmp_path / str(len(flags)), *QUICK, "--chunks", "3", "1", *flags))
+        return round(8 * logged["charts/groups_with_spread"][0]), [logged[f"chunks/times_trained_{k}"][0] for k in range(4)]
+
+    images, times = trained()
+    assert times == [images] * 4
+    images, times = trained("--chunk-fraction", "0.5")
+    assert times[0] == times[1] == times[2] and times[0] + times[3] == images  # one chunk of two
+
+
+def test_stepwise_credits_the_step_that_gained(tmp_path, monkeypatch, trained_rows):
+    states = [(b, k) for b in range(8) for k in range(5) if k or b % 4 == 0]  # x_0 is judged once a group
+    score = lambda images, prompts: torch.tensor([float(b % 4) * (k >= 3) for b, k in states])  # all gain is step 2's
+    monkeypatch.setitem(rewards.REWARDS, "gain", rewards.Reward(score, "shapes", lambda images, prompts: torch.zeros(len(prompts))))
+    run("stepwise_grpo", tmp_path / "run", *QUICK, "--updates", "1", "--normalize", "step", "--reward", "gain")
+    level = sampler.schedule(StableDiffusion3Pipeline.from_pretrained(ROOT / "tiny-sd3"), 5)[2]
+    sigma, norm = (torch.cat(column) for column in zip(*trained_rows))
+    assert len(sigma) == 32 and (norm[sigma != level] == 0).all() and (norm[sigma == level] > 0).all()
+
+
+def test_stepwise_draws_and_judges_what_grpo_does(tmp_path):
+    a, b = (scalars(run(s, tmp_path / s, *QUICK, "--sde", "cps"))["charts/reward"] for s in ("grpo", "stepwise_grpo"))
+    assert a == pytest.approx(b, abs=1e-5)
+
+
+FLAGS = {
+    "grpo": ["--no-global-std", "--guidance 3", "--eta 0.5"],
+    "gcpo": ["--no-global-std", "--chunk-size 3", "--distance cosine --min-chunk 1", "--chunk-size 1 --chunk-fraction 0.5"],
+    "stepwise_grpo": ["--normalize step", "--substeps 3", "--substeps 3 --sde flow"],
+}
+FLAGS["gcpo"].append(f"{FLAGS['gcpo'][-1]} --weighted")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_changes_what_is_trained(script, tmp_path):
+    variants = ["", "--clip 1", "--max-grad-norm 1e-6", *FLAGS[script]]
+    runs = [run(script, tmp_path / str(i), *QUICK, *flags.split()) for i, flags in enumerate(variants)]
+    assert len({(folder / "pytorch_lora_weights.safetensors").read_bytes() for folder in runs}) == len(runs)
