@@ -12,19 +12,24 @@
 Flags that are not its own go to the scripts.
 """
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import tqdm
 import tyro
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,12 +48,14 @@ class Args:
     """as in the scripts"""
     random_weights: bool = False
     """a transformer and VAE of Stable Diffusion 3.5 medium's size with random weights and random text, instead of --model's"""
-    iterations: int = 5
+    iterations: int = 4
     """measured iterations of each script; one more warms up"""
 
 
 def random_sd3(folder):
     """Saves a randomly initialised pipeline of Stable Diffusion 3.5 medium's size, with small text encoders."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
     import pretrain  # its text encoders, which are run once a prompt and not what is measured
 
     miniature = pretrain.build_pipeline()
@@ -110,9 +117,7 @@ def logged(folder):
 
 
 def run(command):
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
-    torch.cuda.empty_cache()  # the GPU is the run's; nothing where there is none
-    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, env=environment, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -124,11 +129,10 @@ def script_args(script, args):
     return parsed, sampler.load_pipeline(parsed)
 
 
-def bare_calls(parsed, pipe, share):
-    """(sampling, training): functions that make an iteration's transformer calls and nothing else; `share` of B is trained."""
+def bare_calls(parsed, pipe):
+    """(sampling, training): functions that make an iteration's transformer calls and nothing else."""
     B, S = parsed.prompts * parsed.group_size, parsed.steps - 1
     text = sampler.encode(pipe, ["two red circles"], parsed)
-    pairs = round(share * B / parsed.updates) * S
     sizes = lambda n: [min(parsed.micro_batch, n - start) for start in range(0, n, parsed.micro_batch)]
     shape = sampler.latent_shape(pipe, parsed.resolution)
     x = torch.randn(parsed.micro_batch, *shape, device=parsed.device)
@@ -146,7 +150,7 @@ def bare_calls(parsed, pipe, share):
 
     def training():
         for _ in range(parsed.updates):
-            for n in sizes(pairs):
+            for n in sizes(B // parsed.updates * S):
                 if parsed.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
                         call(n)
@@ -155,6 +159,30 @@ def bare_calls(parsed, pipe, share):
             p.grad = None
 
     return sampling, training
+
+
+def run_beside_bare_calls(script, args, folder):
+    """Runs a script in this process, which should be a fresh one; (N, 2) seconds of the bare calls for sampling and training.
+
+    They are measured on the script's own pipeline between its iterations: those of a row are the mean of right before and
+    right after one of the N iterations that follow the first, so that a slow moment hits both alike.
+    """
+    parsed, pipe = script_args(script, args)
+    functions = bare_calls(parsed, pipe)
+    seconds = []
+
+    class Bar(tqdm.tqdm):
+        def __iter__(self):
+            for iteration in super().__iter__():
+                yield iteration
+                stamps = [sampler.now()] + [function() or sampler.now() for function in functions]
+                seconds.append(np.diff(stamps))
+
+    tqdm.tqdm, sampler.load_pipeline = Bar, lambda _: pipe
+    sys.argv = command_line(script, args, folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path(SCRIPTS[script].__file__, run_name="__main__")
+    return (np.array(seconds)[:-1] + np.array(seconds)[1:]) / 2
 
 
 def kernel_functions(device):
@@ -185,25 +213,24 @@ if __name__ == "__main__":
     print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     runs, peaks, iteration = {}, {}, {}
-    sampling, training = bare_calls(parsed, pipe, 1.0)
-    bare = [medians({"sampling": sampling, "training": training}, 2)]
-    for script in SCRIPTS:  # the bare calls are measured right before and right after each script
+    for script in SCRIPTS:
         folder = Path(workspace.name) / script
-        run(command_line(script, args, folder))
+        if script == "stepwise_grpo":
+            run(command_line(script, args, folder))
+        else:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                bare = fresh.submit(run_beside_bare_calls, script, args, folder).result()
         runs[script] = logged(folder)
         peaks[script] = json.loads((folder / "result.json").read_text())["peak_memory_mb"]
         iteration[script] = parsed.prompts * parsed.group_size / runs[script]["charts/images_per_second"]
-        bare.append(medians({"sampling": sampling, "training": training}, 2))
-    share = {script: values["charts/groups_with_spread"].mean() for script, values in runs.items()}
-    for script, before, after in zip(("grpo", "gcpo"), bare, bare[1:]):
-        bare_part = {"sample": statistics.median(before["sampling"] + after["sampling"])}
-        bare_part["train"] = share[script] * statistics.median(before["training"] + after["training"])
+        if script == "stepwise_grpo":  # it calls the transformer more often
+            continue
+        bare_part = {"sample": bare[:, 0], "train": bare[:, 1] * runs[script]["charts/groups_with_spread"]}
         limit = sum(bare_part.values())
         show(f"(a) {script}: iteration / bare model calls", iteration[script] / limit)
-        parts = {name: runs[script][f"time/{name}"] / limit for name in ("sample", "decode", "reward", "train")}
-        for name, values in parts.items():
-            note = f", of it bare calls {bare_part[name] / limit:.2f}" if name in bare_part else ""
-            show(f"      {name}{note}", values)
+        for name in ("sample", "decode", "reward", "train"):
+            note = f", of it bare calls {statistics.median(bare_part[name] / limit):.2f}" if name in bare_part else ""
+            show(f"      {name}{note}", runs[script][f"time/{name}"] / limit)
     if sampler.has_compiler(parsed.device):
         functions = kernel_functions(parsed.device)
         seconds = medians(functions, 20)
@@ -229,7 +256,8 @@ if __name__ == "__main__":
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             sampler.velocity(pipe, x, x.new_full((1,), 0.7), sampler.encode(pipe, ["two red circles"], parsed), parsed)
         # A trained step costs its forward, a backward for activations alone (the weights are frozen), and the KL's forward.
-        calls = parsed.steps + (2 + (parsed.beta > 0)) * (parsed.steps - 1) * share["grpo"]
+        share = runs["grpo"]["charts/groups_with_spread"].mean()
+        calls = parsed.steps + (2 + (parsed.beta > 0)) * (parsed.steps - 1) * share
         work = counter.get_total_flops() * parsed.prompts * parsed.group_size * calls
         if peak:
             show("(e) model FLOPs utilisation of a GRPO iteration", [work / t / peak for t in iteration["grpo"]])
