@@ -151,10 +151,11 @@ def bare_calls(parsed, pipe):
     def training():
         for _ in range(parsed.updates):
             for n in sizes(B // parsed.updates * S):
+                v = call(n)
                 if parsed.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
                         call(n)
-                call(n).sum().backward()
+                v.sum().backward()
         for p in pipe.transformer.parameters():
             p.grad = None
 

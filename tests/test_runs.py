@@ -1,6 +1,7 @@
 """Each script from end to end on a few small iterations: its files, its arithmetic, resuming, and bad input."""
 
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -15,9 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import bench
 import compare
 import pretrain
 import rewards
+import sampler
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
@@ -163,6 +166,30 @@ def test_compiled_and_eager_agree(tmp_path):
     a, b = (scalars(run("grpo", tmp_path / flag, "--iterations", "1", flag)) for flag in ("--compile", "--no-compile"))
     assert a["charts/reward"] == b["charts/reward"]
     assert a["losses/grad_norm"][0] == pytest.approx(b["losses/grad_norm"][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("script", ["grpo", "gcpo"])
+def test_the_bench_compares_with_the_calls_that_an_iteration_makes(script, tmp_path, monkeypatch):
+    calls = []
+    velocity = sampler.velocity
+    monkeypatch.setattr(sampler, "velocity", lambda *a: calls.append((len(a[1]), torch.is_grad_enabled())) or velocity(*a))
+    flags = "--iterations 1 --beta 0.01 --micro-batch 6 --eval-images 6 --eval-steps 1 --reward jpeg-compressibility".split()
+    run(script, tmp_path / script, *flags, *(["--chunk-size", "1"] if script == "gcpo" else []))
+    iteration = calls[1:-1]  # the first and the last are the evaluations
+    parsed = sampler.parse_args(bench.SCRIPTS[script].Args, None, [*SMALL, *flags])
+    calls.clear()
+    for function in bench.bare_calls(parsed, sampler.load_pipeline(parsed)):
+        function()
+    assert calls == iteration
+
+
+def test_bench_prints_its_ratios():
+    flags = "--iterations 1 --prompts 2 --group-size 2 --micro-batch 4 --no-compile".split()
+    done = subprocess.run([sys.executable, ROOT / "bench.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in ("(a) grpo", "(a) gcpo", "(c) gcpo", "(c) stepwise_grpo"):
+        value = re.search(rf"^{re.escape(line)}.* ([0-9.]+) \[", done.stdout, re.MULTILINE)
+        assert float(value[1]) > 0
 
 
 def test_the_pipeline_that_ships_draws_in_stock_diffusers():
