@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 import rewards
@@ -91,9 +90,7 @@ if __name__ == "__main__":
     if args.lora:
         try:
             weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
-            weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-            if set_peft_model_state_dict(pipe.transformer, weights).unexpected_keys:
-                raise ValueError("other layers")
+            sampler.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
         except Exception as error:
             sampler.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     tuned_steps = round(args.hybrid * args.steps)

@@ -478,6 +478,12 @@ def lora_state(pipe):
     return {name: p.detach().cpu() for name, p in get_peft_model_state_dict(pipe.transformer).items()}
 
 
+def set_lora(pipe, weights):
+    """Gives the LoRA the weights of another, named as in `lora_state`; a ValueError says that they are of other layers."""
+    if set_peft_model_state_dict(pipe.transformer, weights).unexpected_keys:
+        raise ValueError("other layers")
+
+
 @contextmanager
 def replacing(path):
     """Yields a temporary name beside `path` and renames it to `path` at the end, so that a kill leaves old or new."""
@@ -517,9 +523,7 @@ def load_state(run_dir, pipe, optimizer, args):
     path = run_dir / "state.pt"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        mismatch = set_peft_model_state_dict(pipe.transformer, state.pop("lora"))
-        if mismatch.unexpected_keys:
-            raise ValueError("other layers")
+        set_lora(pipe, state.pop("lora"))
         optimizer.load_state_dict(state.pop("optimizer"))
     except Exception as error:
         fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
