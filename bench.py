@@ -123,10 +123,10 @@ def run(command):
 
 
 def script_args(script, args):
-    """The script's own arguments and pipeline, as its run has them."""
+    """The script's own arguments, as its run has them."""
     parsed = sampler.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere")[1:])
     sampler.resolve_device(parsed)
-    return parsed, sampler.load_pipeline(parsed)
+    return parsed
 
 
 def bare_calls(parsed, pipe):
@@ -168,7 +168,8 @@ def run_beside_bare_calls(script, args, folder):
     They are measured on the script's own pipeline between its iterations: those of a row are the mean of right before and
     right after one of the N iterations that follow the first, so that a slow moment hits both alike.
     """
-    parsed, pipe = script_args(script, args)
+    parsed = script_args(script, args)
+    pipe = sampler.load_pipeline(parsed)
     functions = bare_calls(parsed, pipe)
     seconds = []
 
@@ -210,7 +211,7 @@ if __name__ == "__main__":
     if args.random_weights:
         args.model = f"{workspace.name}/sd3"
         random_sd3(args.model)
-    parsed, pipe = script_args("grpo", args)
+    parsed = script_args("grpo", args)
     print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     runs, peaks, iteration = {}, {}, {}
@@ -253,6 +254,7 @@ if __name__ == "__main__":
         show("(d) grpo: one process / two processes", [statistics.median(iteration["grpo"]) / t for t in two])
     if parsed.device != "cpu":
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+        pipe = sampler.load_pipeline(parsed)  # only now, so that a script has the GPU to itself
         x = torch.zeros(1, *sampler.latent_shape(pipe, parsed.resolution), device=parsed.device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             sampler.velocity(pipe, x, x.new_full((1,), 0.7), sampler.encode(pipe, ["two red circles"], parsed), parsed)

@@ -269,7 +269,7 @@ if __name__ == "__main__":
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
         clock.append(sampler.now())
 
-        # Reward and advantage
+        # Reward and advantage; trajectories of groups without spread are not kept
         images = sampler.decode(pipe, final)
         clock.append(sampler.now())
         prompt_of = [prompts[p] for p in group.tolist()]

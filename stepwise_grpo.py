@@ -226,7 +226,7 @@ if __name__ == "__main__":
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
         clock.append(sampler.now())
 
-        # Reward and advantage
+        # Reward and advantage; trajectories of groups without spread are not kept
         # The reward of every state; x_0 is the same for a whole group, so it is judged once
         states = torch.ones(B, S + 1, dtype=torch.bool)
         states.view(P, G, S + 1)[:, 1:, 0] = False
