@@ -16,8 +16,7 @@ from typing import Literal
 import tyro
 from safetensors.torch import load_file
 
-import rewards
-import sampler
+import bookkeeping
 
 
 @dataclass
@@ -56,22 +55,22 @@ class Args:
 
 def parse_args():
     given = tyro.cli(Args, description=__doc__)
-    preset = dict(sampler.preset_of(given.model))
+    preset = dict(bookkeeping.preset_of(given.model))
     if given.lora:
         try:
             preset = json.loads((Path(given.lora) / "args.json").read_text())
         except (OSError, ValueError):
-            sampler.fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
+            bookkeeping.fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
     preset["steps"] = preset.get("eval_steps", Args.steps)
     defaults = {k: v for k, v in preset.items() if k in Args.__dataclass_fields__ and k not in ("output_dir", "device", "dtype")}
     args = tyro.cli(Args, description=__doc__, default=Args(**defaults))
     if min(args.steps, args.eval_images, args.micro_batch, args.rank, args.text_length) < 1:
-        sampler.fail("--steps, --eval-images, --micro-batch, --rank and --text-length must be at least 1")
-    if sampler.rank_world()[1] > 1:
-        sampler.fail("evaluate.py runs in one process; start it without torchrun")
+        bookkeeping.fail("--steps, --eval-images, --micro-batch, --rank and --text-length must be at least 1")
+    if bookkeeping.rank_world()[1] > 1:
+        bookkeeping.fail("evaluate.py runs in one process; start it without torchrun")
     if not 0 <= args.hybrid <= 1:
-        sampler.fail(f"--hybrid {args.hybrid} must be from 0 to 1")
-    sampler.check_model_and_reward(args)
+        bookkeeping.fail(f"--hybrid {args.hybrid} must be from 0 to 1")
+    bookkeeping.check_model_and_reward(args)
     args.output_dir = args.output_dir or args.lora or "runs/evaluation"
     return args
 
@@ -79,26 +78,23 @@ def parse_args():
 if __name__ == "__main__":
     args = parse_args()
     args.gradient_checkpointing = False
-    sampler.resolve_device(args)
+    bookkeeping.resolve_device(args)
     folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        rewards.load(args.reward)
-    except (OSError, ValueError) as error:
-        sampler.fail(str(error))
-    pipe = sampler.load_pipeline(args)
+    bookkeeping.require_writable(folder)
+    pipe = bookkeeping.load(args)
     if args.lora:
         try:
             weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
-            sampler.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
+            bookkeeping.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
         except Exception as error:
-            sampler.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
+            bookkeeping.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
+    folder.mkdir(parents=True, exist_ok=True)
     tuned_steps = round(args.hybrid * args.steps)
-    score, by_category, samples = sampler.evaluate(pipe, args, args.steps, tuned_steps)
+    score, by_category, samples = bookkeeping.evaluate(pipe, args, args.steps, tuned_steps)
     result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=tuned_steps)
     result |= dict(guidance=args.guidance, images=len(samples[1]), score=score, categories=by_category)
-    sampler.write_json(folder / "evaluation.json", result)
-    sampler.save_grid(*samples, folder / "evaluation.png")
+    bookkeeping.write_json(folder / "evaluation.json", result)
+    bookkeeping.save_grid(*samples, folder / "evaluation.png")
     for name, value in {**by_category, "all": score}.items():
         print(f"{name:20} {value:7.3f}")
     print(f"{tuned_steps} of {args.steps} steps with the LoRA; written to {folder}/evaluation.json and evaluation.png")

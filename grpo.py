@@ -14,18 +14,14 @@ G images of one prompt, started from the same noise, form a group; rewards are c
 """
 
 import math
-import signal
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+import bookkeeping
 import rewards
 import sampler
 
@@ -112,6 +108,12 @@ def group_advantages(rewards, group_size, global_std=False):
     return (centred / (std + 1e-4) * has_spread).clamp(-5, 5).flatten()
 
 
+def with_signal(advantages, group_size):
+    """Indices of the trajectories whose group has any advantage but 0; the others would train nothing."""
+    groups = advantages.view(len(advantages) // group_size, -1)
+    return groups.any(1).repeat_interleave(group_size).nonzero().flatten()
+
+
 def log_prob(x_next, mean, std):
     """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
     z = (x_next - mean) / std
@@ -131,13 +133,16 @@ def clipped_loss(ratio, advantages, clip):
 
 
 if __name__ == "__main__":
-    args = sampler.parse_args(Args, __doc__)
-    run_dir, pipe = sampler.start_run(args, Path(__file__).stem)
-    stop_requested = []  # Ctrl-C finishes the iteration, saves and leaves; a second one leaves at once
-    signal.signal(signal.SIGINT, lambda *_: stop_requested.append(1) if not stop_requested else signal.default_int_handler())
+    args = bookkeeping.parse_args(Args, __doc__)
+    run = bookkeeping.Run(args, Path(__file__).stem)
+    pipe = run.pipe
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
-    rank, world = sampler.rank_world()
+    rank, world = bookkeeping.rank_world()
+    S, G, P = args.steps - 1, args.group_size, args.prompts // world
+    B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
+    mine = range(rank * B, (rank + 1) * B)
+    group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
 
     # Optimizer, prompts, noise schedule
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
@@ -145,37 +150,14 @@ if __name__ == "__main__":
     reward_function = rewards.build(args.reward)
     train_prompts, _ = rewards.prompt_set(args)
     sigmas = sampler.schedule(pipe, args.steps, args.device)
-    sigma_max = sigmas[1].item()
-    S, G, P = args.steps - 1, args.group_size, args.prompts // world
-    B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
-    mine = range(rank * B, (rank + 1) * B)
+    kernel = (sigmas[1].item(), args.eta, args.sde)
     shape = sampler.latent_shape(pipe, args.resolution)
-    kernel = (sigma_max, args.eta, args.sde)
 
-    # The base model's score, or where an interrupted run stopped
-    first, seconds, held_out = 0, 0.0, {}
-    if args.resume:
-        state = sampler.load_state(run_dir, pipe, optimizer, args)
-        first, seconds, held_out = state["iteration"], state["seconds"], state["held_out"]
-    else:
-        held_out["base_score"], held_out["base_categories"], samples = sampler.evaluate(pipe, args, args.eval_steps)
-        held_out["best_score"] = held_out["base_score"]
-    if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=first + bool(args.resume))  # drops what a killed run logged after its last save
-    if rank == 0 and not args.resume:
-        writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-        writer.add_scalar("charts/held_out_score", held_out["base_score"], 0)
-        writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "before.png"), 0, dataformats="HWC")
-        print(f"base model: held-out score {held_out['base_score']:.3f}")
-
-    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True, disable=rank > 0)
-    for iteration in bar:
+    for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
-        clock, stats = [sampler.now()], defaultdict(list)
         rng = np.random.default_rng((args.seed, iteration))
         prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
         text = sampler.encode(pipe, prompts, args)
-        group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
 
         # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
         trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
@@ -196,20 +178,20 @@ if __name__ == "__main__":
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
-        clock.append(sampler.now())
+        run.lap("sample")
 
         # Reward and advantage; trajectories of groups without spread are not kept
         images = sampler.decode(pipe, final)
-        clock.append(sampler.now())
+        run.lap("decode")
         prompt_of = [prompts[p] for p in group.tolist()]
-        scores = sampler.gather(reward_function.score(images, prompt_of).to(args.device))
+        scores = bookkeeping.gather(reward_function.score(images, prompt_of).to(args.device))
         advantages = group_advantages(scores, G, args.global_std)
-        kept = advantages.view(args.prompts, -1).any(1).repeat_interleave(G).nonzero().flatten().cpu().numpy()
+        kept = with_signal(advantages, G).cpu().numpy()
         advantages = advantages[mine.start : mine.stop]
-        clock.append(sampler.now())
+        run.lap("reward")
 
         # Optimize: the (trajectory, step) pairs to train, in --updates parts
-        for part in np.array_split(rng.permutation(kept), args.updates):
+        for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             drawn = math.ceil(args.step_fraction * S)
             pairs = [(b - mine.start, k) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
             for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
@@ -219,7 +201,7 @@ if __name__ == "__main__":
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
                 surrogate = clipped_loss(ratio, advantages[b], args.clip)
-                loss = surrogate.sum() / (len(part) * drawn)
+                loss = surrogate.sum() / (len(part) * drawn)  # not .mean(): a micro-batch is only a piece of the update's mean
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
                         v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
@@ -227,50 +209,17 @@ if __name__ == "__main__":
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                     loss = loss + args.beta * kl.sum() / (len(part) * drawn)
-                    stats["losses/kl"].append(kl.detach())
+                    run.record("losses", update, kl=kl)
                 loss.backward()
-                stats["losses/ratio"].append(ratio.detach())
-                stats["losses/clip_fraction"].append(((ratio.detach() - 1).abs() > args.clip).float())
-                stats["losses/policy"].append(surrogate.detach())
+                clipped = ((ratio - 1).abs() > args.clip).float()
+                run.record("losses", update, policy=surrogate, ratio=ratio, clip_fraction=clipped)
             if len(part):
-                for p in parameters if world > 1 else ():
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    dist.all_reduce(p.grad)
+                bookkeeping.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                if not norm.isfinite():
-                    raise SystemExit(f"iteration {iteration}: the gradient is not finite; the last good state is kept in {run_dir}")
-                stats["losses/grad_norm"].append(norm[None])
+                run.require_finite(norm)
+                run.record("losses", update, grad_norm=norm[None])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        clock.append(sampler.now())
+        run.lap("train")
 
-        # Log (statistics of the training are those of rank 0), evaluate, save
-        scalars = {name: torch.cat(values).mean().item() for name, values in stats.items()}
-        scalars["charts/reward"] = scores.mean().item()
-        scalars["charts/groups_with_spread"] = len(kept) / len(scores)
-        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        parts = ("sample", "decode", "reward", "train")
-        scalars |= {f"time/{part}": end - start for part, start, end in zip(parts, clock, clock[1:])}
-        seconds += clock[-1] - clock[0]
-        scalars["charts/images_per_second"] = len(scores) / (clock[-1] - clock[0])
-        if rank == 0:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, iteration + 1)
-        bar.set_postfix(reward=f"{scores.mean():.3f}", best=f"{held_out['best_score']:.3f}")
-        finished = iteration + 1 == args.iterations
-        if (iteration + 1) % args.eval_every == 0 or finished:
-            held_out["final_score"], held_out["final_categories"], samples = sampler.evaluate(pipe, args, args.eval_steps)
-            held_out["best_score"] = max(held_out["best_score"], held_out["final_score"])
-        if rank == 0 and ((iteration + 1) % args.eval_every == 0 or finished):
-            writer.add_scalar("charts/held_out_score", held_out["final_score"], iteration + 1)
-            writer.add_image("held_out", sampler.save_grid(*samples, run_dir / "after.png"), iteration + 1, dataformats="HWC")
-            bar.write(f"iteration {iteration + 1}: held-out score {held_out['final_score']:.3f}, reward {scores.mean():.3f}")
-        stop = sampler.gather(torch.tensor([len(stop_requested)], device=args.device)).any()
-        if rank == 0 and ((iteration + 1) % args.save_every == 0 or finished or stop):
-            sampler.save_state(run_dir, pipe, optimizer, iteration=iteration + 1, seconds=seconds, held_out=held_out)
-        if stop and not finished:
-            raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {run_dir}")
-
-    if rank == 0:
-        writer.close()
-        sampler.report(args, Path(__file__).stem, run_dir, held_out, seconds)
+        run.log({"charts/reward": scores.mean().item(), "charts/groups_with_spread": len(kept) / len(scores)})

@@ -1,13 +1,12 @@
 """A miniature of the full Stable Diffusion 3.5 with every part it has, T5 and dual attention too; only its VAE is trained."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-import pretrain
+import miniature
+from miniature import pretrain
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +36,7 @@ def full_sd3(tmp_path_factory):
     for block in transformer.transformer_blocks:
         block.norm1.linear.weight.data.mul_(6)
     # A random decoder's images hardly depend on the latents, so there would be nothing to learn either.
-    vae = AutoencoderKL.from_pretrained(Path(pretrain.__file__).parent / "tiny-sd3" / "vae")
+    vae = AutoencoderKL.from_pretrained(miniature.FOLDER / "vae")
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -9,7 +9,7 @@ from test_runs import ROOT, SCRIPTS, run, scalars
 
 import rewards
 import sampler
-import shapes
+from miniature import shapes
 
 QUICK = "--iterations 1 --eval-images 6 --eval-steps 1".split()
 
@@ -94,7 +94,7 @@ def test_stepwise_credits_the_step_that_gained(tmp_path, monkeypatch, trained_ro
     score = lambda images, prompts: torch.tensor([float(b % 4) * (k >= 3) for b, k in states])  # all gain is step 2's
     monkeypatch.setitem(rewards.REWARDS, "gain", rewards.Reward(score, "shapes", lambda images, prompts: torch.zeros(len(prompts))))
     run("stepwise_grpo", tmp_path / "run", *QUICK, "--updates", "1", "--normalize", "step", "--reward", "gain")
-    level = sampler.schedule(StableDiffusion3Pipeline.from_pretrained(ROOT / "tiny-sd3"), 5)[2]
+    level = sampler.schedule(StableDiffusion3Pipeline.from_pretrained(ROOT / "miniature/tiny-sd3"), 5)[2]
     sigma, norm = (torch.cat(column) for column in zip(*trained_rows))
     assert len(sigma) == 32 and (norm[sigma != level] == 0).all() and (norm[sigma == level] > 0).all()
 

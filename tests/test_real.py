@@ -29,10 +29,13 @@ from transformers import (
     SwinConfig,
 )
 
+import bookkeeping
 import grpo
-import pretrain
+import judges
 import rewards
 import sampler
+from judges import clip, geneval, ocr
+from miniature import pretrain
 
 LORA = "pytorch_lora_weights.safetensors"
 # The presets of the real model, at a size that a test can afford.
@@ -88,19 +91,19 @@ def test_ocr_rewards_the_full_pipeline(script, full_sd3, tmp_path):
 def test_presets_give_way_to_flags(monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
-        return sampler.parse_args(grpo.Args, None)
+        return bookkeeping.parse_args(grpo.Args, None)
 
     args = parse("--model", "sd3", "--guidance", "7", "--no-gradient-checkpointing")
     assert (args.resolution, args.steps, args.lr, args.clip, args.rank) == (512, 10, 3e-4, 1e-4, 32)
     assert args.guidance == 7 and not args.gradient_checkpointing
     assert parse().resolution == 0
-    assert sampler.preset_of("somewhere/tiny-sd3") == sampler.PRESETS["tiny"] != sampler.preset_of("somewhere/else")
+    assert bookkeeping.preset_of("somewhere/tiny-sd3") == bookkeeping.PRESETS["tiny"] != bookkeeping.preset_of("somewhere/else")
 
 
 def test_help_shows_the_defaults_of_the_model(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", "sd3", "--help"])
     with pytest.raises(SystemExit):
-        sampler.parse_args(grpo.Args, None)
+        bookkeeping.parse_args(grpo.Args, None)
     assert "default: 512" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -153,7 +156,7 @@ def test_processes_share_prompts_equally(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--prompts", "4"])
     with pytest.raises(SystemExit) as stop:
-        sampler.parse_args(grpo.Args, None)
+        bookkeeping.parse_args(grpo.Args, None)
     assert stop.value.code == 2 and "multiple" in capsys.readouterr().err
 
 
@@ -170,7 +173,7 @@ def train_quietly(script, flags):
 
 def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes(tmp_path):
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything and run nothing
-    context.set_forkserver_preload(["sampler", "torch.utils.tensorboard", "peft.tuners.lora"])
+    context.set_forkserver_preload(["bookkeeping", "torch.utils.tensorboard", "peft.tuners.lora"])
 
     def start(folder, resume=False):
         fresh = [*SMALL, "--iterations", "4", "--save-every", "1", "--eval-every", "2", "--output-dir", str(folder)]
@@ -287,7 +290,7 @@ def test_a_prompt_file_is_split(tmp_path):
 
 def test_a_miniature_in_a_folder_has_the_prompts_it_knows():
     args = grpo.Args(model="runs/tiny-sd3", reward="jpeg-compressibility")
-    assert rewards.prompt_set(args) == rewards.PROMPT_SETS["shapes"] and sampler.preset_of(args.model) == {}
+    assert rewards.prompt_set(args) == rewards.PROMPT_SETS["shapes"] and bookkeeping.preset_of(args.model) == {}
     assert rewards.prompt_set(grpo.Args(model="sd3", reward="jpeg-compressibility")) == rewards.PROMPT_SETS["animals"]
 
 
@@ -312,11 +315,11 @@ def tiny_networks(tmp_path, monkeypatch):
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(detector).save_pretrained(tmp_path / "mask2former")
     Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "mask2former")
-    paths = dict.fromkeys(("clip", "pickscore", "pickscore processor"), str(tmp_path / "clip"))
-    monkeypatch.setattr(rewards, "CHECKPOINTS", {**paths, "mask2former": str(tmp_path / "mask2former")})
-    rewards.load_clip.cache_clear(), rewards.load_detector.cache_clear()
+    monkeypatch.setattr(clip, "CHECKPOINTS", dict.fromkeys(("clip", "pickscore"), (str(tmp_path / "clip"),) * 2))
+    monkeypatch.setattr(geneval, "CHECKPOINT", str(tmp_path / "mask2former"))
+    clip.load.cache_clear(), geneval.load_detector.cache_clear()
     yield tmp_path
-    rewards.load_clip.cache_clear(), rewards.load_detector.cache_clear()
+    clip.load.cache_clear(), geneval.load_detector.cache_clear()
 
 
 def test_clip_and_pickscore_are_the_models_own_logits(tiny_networks):
@@ -324,32 +327,32 @@ def test_clip_and_pickscore_are_the_models_own_logits(tiny_networks):
     prompts = ["a red circle", "a circle and a square", "a red circle"]
     model = CLIPModel.from_pretrained(tiny_networks / "clip").eval()
     processor = CLIPProcessor.from_pretrained(tiny_networks / "clip")
-    pictures = [Image.fromarray(image) for image in rewards.to_uint8(images)]
+    pictures = [Image.fromarray(image) for image in judges.to_uint8(images)]
     inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model(**inputs).logits_per_image.diagonal()
-    torch.testing.assert_close(rewards.clip(images, prompts), logits / model.logit_scale.exp().item(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(rewards.pickscore(images, prompts), logits / 26, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(clip.score(images, prompts), logits / model.logit_scale.exp().item(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(clip.pickscore(images, prompts), logits / 26, atol=1e-4, rtol=1e-4)
 
 
 def test_geneval_runs_from_pixels_to_verdict(tiny_networks, monkeypatch):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     prompts = ["a photo of a red dog", "a photo of two dogs"]
-    found = rewards.geneval_detect(rewards.to_uint8(images)[0], 0.0)
+    found = geneval.detect(judges.to_uint8(images)[0], 0.0)
     boxes = [box for boxes in found.values() for box in boxes]
-    assert boxes and set(found) <= set(rewards.COCO) and all(b.mask.shape == (64, 64) and b.mask.any() for b in boxes)
+    assert boxes and set(found) <= set(geneval.COCO) and all(b.mask.shape == (64, 64) and b.mask.any() for b in boxes)
     assert all(b.x - b.width / 2 >= 0 and b.x + b.width / 2 <= 64 for b in boxes)
-    colours = rewards.geneval_colours(rewards.to_uint8(images)[0], boxes[:3], "dog")
-    assert len(colours) == len(boxes[:3]) and set(colours) <= set(rewards.COLOURS)
+    colours = geneval.name_colours(judges.to_uint8(images)[0], boxes[:3], "dog")
+    assert len(colours) == len(boxes[:3]) and set(colours) <= set(geneval.COLOURS)
     thresholds = []
-    monkeypatch.setattr(rewards, "geneval_detect", lambda image, threshold: thresholds.append(threshold) or {"dog": boxes[:1]})
+    monkeypatch.setattr(geneval, "detect", lambda image, threshold: thresholds.append(threshold) or {"dog": boxes[:1]})
     score = rewards.REWARDS["geneval"].score(images, prompts)
     assert thresholds == [0.3, 0.9] and score[1] == 0.5 and score[0] in (0.5, 1.0)
     assert rewards.REWARDS["geneval"].verdict(images, prompts).tolist() == [float(score[0] == 1), 0.0]
 
 
 def box(x, y, size=20, confidence=0.9):
-    return rewards.Box(x, y, size, size, confidence)
+    return geneval.Box(x, y, size, size, confidence)
 
 
 def red_left(boxes, name):
@@ -382,56 +385,56 @@ def red_left(boxes, name):
     ],
 )
 def test_geneval_rules(prompt, objects, strict, graded):
-    verdict, score = rewards.geneval_judge(rewards.geneval_requests(f"a photo of {prompt}"), objects, red_left)
+    verdict, score = geneval.judge(geneval.parse(f"a photo of {prompt}"), objects, red_left)
     assert verdict == strict and score == pytest.approx(graded)
 
 
 def test_coco_is_in_the_detectors_order():
     known = {"person": 0, "bicycle": 1, "boat": 8, "cat": 15, "dog": 16, "bottle": 39, "hot dog": 52, "tv": 62, "toothbrush": 79}
-    assert {name: rewards.COCO.index(name) for name in known} == known
+    assert {name: geneval.COCO.index(name) for name in known} == known
 
 
 def test_geneval_colours_are_those_of_the_masked_crops(monkeypatch):
     def embeds(model, processor, images, texts):  # of an image its strongest channel outside the grey, of a text its colour
         pixels = [np.asarray(image, int).reshape(-1, 3) for image in images]
         means = [p[(p != 0x99).any(1)].mean(0) for p in pixels]
-        of = lambda word: [float(word == colour) for colour in rewards.COLOURS]
+        of = lambda word: [float(word == colour) for colour in geneval.COLOURS]
         image_embeds = torch.tensor([of(("red", "green", "blue")[mean.argmax()]) for mean in means])
         return image_embeds, torch.tensor([of(text.replace("-", " ").split()[4]) for text in texts])
 
-    monkeypatch.setattr(rewards, "clip_embeds", embeds)
-    monkeypatch.setattr(rewards, "load_clip", lambda *_: (None, None))
+    monkeypatch.setattr(clip, "embed", embeds)
+    monkeypatch.setattr(clip, "load", lambda *_: (None, None))
     image, mask = np.zeros((40, 80, 3), np.uint8), np.zeros((40, 80), bool)
     image[:, :40, 0] = image[:, 40:, 2] = 200  # red on the left, blue on the right,
     image[20:], mask[:20] = (0, 255, 0), True  # green below, outside the mask
-    boxes = [rewards.Box(x, 20, 40, 40, 1.0, mask) for x in (60, 20)]
-    assert rewards.geneval_colours(image, boxes, "dog") == ["blue", "red"]
+    boxes = [geneval.Box(x, 20, 40, 40, 1.0, mask) for x in (60, 20)]
+    assert geneval.name_colours(image, boxes, "dog") == ["blue", "red"]
 
 
 def test_geneval_prompts_are_understood():
-    request = functools.partial(rewards.Request)
-    assert rewards.geneval_requests("a photo of an orange orange") == [request("orange", 1, "orange")]
-    assert rewards.geneval_requests("a photo of four benchs") == [request("bench", 4)]
-    assert rewards.geneval_requests("a photo of two wine glasses") == [request("wine glass", 2)]
-    position = rewards.geneval_requests("a photo of a tv remote above a hot dog")
+    request = functools.partial(geneval.Request)
+    assert geneval.parse("a photo of an orange orange") == [request("orange", 1, "orange")]
+    assert geneval.parse("a photo of four benchs") == [request("bench", 4)]
+    assert geneval.parse("a photo of two wine glasses") == [request("wine glass", 2)]
+    position = geneval.parse("a photo of a tv remote above a hot dog")
     assert position == [request("hot dog", 1), request("tv remote", 1, None, "above")]
     for prompt in ("a dog", "a photo of dogs", "a photo of a unicorn", "a photo of five dogs", "a photo of two dog"):
         with pytest.raises(ValueError, match="GenEval's templates"):
-            rewards.geneval_requests(prompt)
-    for category, prompts in rewards.geneval_prompts().items():
-        requests = [rewards.geneval_requests(prompt) for prompt in prompts]
+            geneval.parse(prompt)
+    for category, prompts in geneval.template_prompts().items():
+        requests = [geneval.parse(prompt) for prompt in prompts]
         assert {len(r) for r in requests} == {2 if category in ("two objects", "position", "colour attribution") else 1}
         assert all(bool(r[0].colour) == category.startswith("colour") for r in requests)
-    assert len(rewards.COCO) == len(set(rewards.COCO)) == 80
+    assert len(geneval.COCO) == len(set(geneval.COCO)) == 80
 
 
 def test_text_score_by_hand():
     pytest.importorskip("rapidfuzz"), pytest.importorskip("rapidocr")
-    assert rewards.text_score("HELLO world", "hello world") == 1
-    assert rewards.text_score("say hello world!", "hello world") == 1
-    assert rewards.text_score("hallo welt", "hello world") == pytest.approx(1 - 4 / 10)
-    assert rewards.text_score("", "hello") == 0 and rewards.text_score("something else entirely", "hello") == 0
-    assert rewards.quoted('a sign that says "Mind the gap" and "no"') == "Mind the gap"
+    assert ocr.text_score("HELLO world", "hello world") == 1
+    assert ocr.text_score("say hello world!", "hello world") == 1
+    assert ocr.text_score("hallo welt", "hello world") == pytest.approx(1 - 4 / 10)
+    assert ocr.text_score("", "hello") == 0 and ocr.text_score("something else entirely", "hello") == 0
+    assert ocr.quoted('a sign that says "Mind the gap" and "no"') == "Mind the gap"
 
 
 def test_ocr_reads_rendered_text():
@@ -442,28 +445,28 @@ def test_ocr_reads_rendered_text():
         ImageDraw.Draw(image).text((20, 50), words, fill="black", font=ImageFont.load_default(size=44))
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
     images = torch.stack(images)
-    assert rewards.ocr(images, ['a sign saying "open late"', 'a sign saying "fresh bread"', 'a sign saying "hello"']).tolist() == [
+    assert ocr.score(images, ['a sign saying "open late"', 'a sign saying "fresh bread"', 'a sign saying "hello"']).tolist() == [
         1,
         1,
         0,
     ]
-    assert max(rewards.ocr(images[:2], ['a sign saying "hello world"'] * 2)) < 0.5
+    assert max(ocr.score(images[:2], ['a sign saying "hello world"'] * 2)) < 0.5
 
 
 def test_what_a_reward_needs_is_named(monkeypatch, tmp_path):
     def missing():
         raise ModuleNotFoundError(name="rapidocr")
 
-    monkeypatch.setitem(rewards.REWARDS, "ocr", rewards.Reward(rewards.ocr, "text", load=missing))
+    monkeypatch.setitem(rewards.REWARDS, "ocr", rewards.Reward(ocr.score, "text", load=missing))
     with pytest.raises(ValueError, match="pip install rapidocr onnxruntime"):
         rewards.load("ocr")
-    monkeypatch.setitem(rewards.CHECKPOINTS, "clip", str(tmp_path / "nowhere"))
-    rewards.load_clip.cache_clear()
+    monkeypatch.setitem(clip.CHECKPOINTS, "clip", (str(tmp_path / "nowhere"),) * 2)
+    clip.load.cache_clear()
     with pytest.raises(ValueError, match="--reward clip: its network"):
         rewards.load("clip")
 
 
 def test_an_out_of_memory_error_names_the_flags(capsys):
-    sampler.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
+    bookkeeping.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
     error = capsys.readouterr().err
     assert "--micro-batch" in error and "--gradient-checkpointing" in error and "Traceback" not in error

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import bench
-import compare
-import pretrain
+import bookkeeping
 import rewards
 import sampler
+from experiments import bench, compare
+from miniature import pretrain
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
@@ -92,7 +92,7 @@ def test_compare_takes_a_finished_run_only_for_its_own_settings(finished, capsys
 
 def test_stock_diffusers_loads_the_lora(finished):
     _, folder = finished
-    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "tiny-sd3")
+    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "miniature/tiny-sd3")
     options = dict(num_inference_steps=4, output_type="pt", max_sequence_length=1)
 
     def draw():
@@ -176,7 +176,7 @@ def test_the_bench_compares_with_the_calls_that_an_iteration_makes(script, tmp_p
     flags = "--iterations 1 --beta 0.01 --micro-batch 6 --eval-images 6 --eval-steps 1 --reward jpeg-compressibility".split()
     run(script, tmp_path / script, *flags, *(["--chunk-size", "1"] if script == "gcpo" else []))
     iteration = calls[1:-1]  # the first and the last are the evaluations
-    parsed = sampler.parse_args(bench.SCRIPTS[script].Args, None, [*SMALL, *flags])
+    parsed = bookkeeping.parse_args(bench.SCRIPTS[script].Args, None, [*SMALL, *flags])
     calls.clear()
     for function in bench.bare_calls(parsed, sampler.load_pipeline(parsed)):
         function()
@@ -193,9 +193,9 @@ def test_bench_prints_its_ratios():
 
 
 def test_the_pipeline_that_ships_draws_in_stock_diffusers():
-    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "tiny-sd3")
+    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "miniature/tiny-sd3")
     assert pipe("two red circles", num_inference_steps=8).images[0].size == (64, 64)
-    assert sum(f.stat().st_size for f in (ROOT / "tiny-sd3").rglob("*")) < 12e6
+    assert sum(f.stat().st_size for f in (ROOT / "miniature/tiny-sd3").rglob("*")) < 12e6
 
 
 def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):

@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 import grpo
 import rewards
 import sampler
-import shapes
+from miniature import shapes
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

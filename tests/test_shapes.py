@@ -7,8 +7,8 @@ from diffusers import AutoencoderKL
 
 import rewards
 import sampler
-import shapes
-from shapes import Object
+from miniature import shapes
+from miniature.shapes import Object
 
 
 def draw(*objects):

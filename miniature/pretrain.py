@@ -1,6 +1,6 @@
 """Trains a miniature Stable Diffusion 3 like the one that ships in `tiny-sd3/`, from nothing.
 
-    python pretrain.py                       # about half an hour on two CPU cores; run it again to resume
+    python -m miniature.pretrain             # about half an hour on two CPU cores; run it again to resume
     python gcpo.py --model runs/tiny-sd3
 
 First the autoencoder learns to compress 64 x 64 images to 16 x 8 x 8 latents, then the transformer and both text encoders
@@ -12,6 +12,7 @@ StableDiffusion3Pipeline in diffusers' folder format; its T5 is silent (see buil
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-import sampler
-import shapes
+from miniature import shapes
 
 
 @dataclass
@@ -324,9 +324,8 @@ def save_pipeline(pipe, folder):
 def main(args):
     counts = (args.vae_steps, args.vae_batch, args.steps, args.eval_every)
     if min(counts) < 1 or args.batch < 2 or args.loosen_steps < 0 or args.scenes < 3000:
-        sampler.fail(
-            "steps, batches and --eval-every must be at least 1, --batch 2, and --scenes 3000, which the autoencoder is tested on"
-        )
+        print("error: steps, batches and --eval-every must be at least 1, --batch 2, --scenes 3000 (to test on)", file=sys.stderr)
+        sys.exit(2)
     logging.set_verbosity_error()  # the text encoders truncate captions on purpose
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log_dir = args.output_dir.with_name(args.output_dir.name + "-training")

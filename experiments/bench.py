@@ -1,7 +1,7 @@
 """How near the scripts are to the bare model, as ratios measured in one run: medians, with the range in brackets.
 
-    python bench.py              # miniature model, under three minutes on two CPU cores
-    python bench.py --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
+    python -m experiments.bench              # miniature model, under three minutes on two CPU cores
+    python -m experiments.bench --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
 
 (a) an iteration over the transformer's forward and backward calls alone, in batches of --micro-batch, and where the rest goes
 (b) the log-probability kernel, compiled over eager, forward and backward, and its bandwidth over that of a plain copy
@@ -28,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tqdm
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
+import bookkeeping
 import gcpo
 import grpo
 import sampler
@@ -56,7 +57,7 @@ def random_sd3(folder):
     """Saves a randomly initialised pipeline of Stable Diffusion 3.5 medium's size, with small text encoders."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    import pretrain  # its text encoders, which are run once a prompt and not what is measured
+    from miniature import pretrain  # its text encoders, which are run once a prompt and not what is measured
 
     miniature = pretrain.build_pipeline()
     config = dict(
@@ -92,10 +93,10 @@ def medians(functions, repeats):
     seconds = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
-            began = sampler.now()
+            began = bookkeeping.now()
             function()
             if repeat:  # the first warms up
-                seconds[name].append(sampler.now() - began)
+                seconds[name].append(bookkeeping.now() - began)
     return seconds
 
 
@@ -117,15 +118,15 @@ def logged(folder):
 
 
 def run(command):
-    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(done.returncode)
 
 
 def script_args(script, args):
     """The script's own arguments, as its run has them."""
-    parsed = sampler.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere")[1:])
-    sampler.resolve_device(parsed)
+    parsed = bookkeeping.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere")[1:])
+    bookkeeping.resolve_device(parsed)
     return parsed
 
 
@@ -173,14 +174,14 @@ def run_beside_bare_calls(script, args, folder):
     functions = bare_calls(parsed, pipe)
     seconds = []
 
-    class Bar(tqdm.tqdm):
+    class Bar(tqdm):
         def __iter__(self):
             for iteration in super().__iter__():
                 yield iteration
-                stamps = [sampler.now()] + [function() or sampler.now() for function in functions]
+                stamps = [bookkeeping.now()] + [function() or bookkeeping.now() for function in functions]
                 seconds.append(np.diff(stamps))
 
-    tqdm.tqdm, sampler.load_pipeline = Bar, lambda _: pipe
+    bookkeeping.tqdm, sampler.load_pipeline = Bar, lambda _: pipe
     sys.argv = command_line(script, args, folder)
     with contextlib.redirect_stdout(io.StringIO()):
         runpy.run_path(SCRIPTS[script].__file__, run_name="__main__")
@@ -206,7 +207,7 @@ def kernel_functions(device):
 if __name__ == "__main__":
     args, args.flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     if args.iterations < 1:
-        sampler.fail("--iterations must be at least 1")
+        bookkeeping.fail("--iterations must be at least 1")
     workspace = tempfile.TemporaryDirectory()
     if args.random_weights:
         args.model = f"{workspace.name}/sd3"
@@ -233,7 +234,7 @@ if __name__ == "__main__":
         for name in ("sample", "decode", "reward", "train"):
             note = f", of it bare calls {statistics.median(bare_part[name] / limit):.2f}" if name in bare_part else ""
             show(f"      {name}{note}", runs[script][f"time/{name}"] / limit)
-    if sampler.has_compiler(parsed.device):
+    if bookkeeping.has_compiler(parsed.device):
         functions = kernel_functions(parsed.device)
         seconds = medians(functions, 20)
         ratio = lambda a, b: [x / y for x, y in zip(seconds[a], seconds[b])]

@@ -1,7 +1,7 @@
 """Runs the three methods with several seeds and draws their held-out score against images and minutes.
 
-    python compare.py                         # every default, three seeds; finished runs are not run again
-    python compare.py --seeds 0 --runs-dir runs/flow --output-dir runs/flow --sde flow --eta 0.7
+    python -m experiments.compare                         # every default, three seeds; finished runs are not run again
+    python -m experiments.compare --seeds 0 --runs-dir runs/flow --output-dir runs/flow --sde flow --eta 0.7
 
 Flags that are not its own go to every run, so all scripts must know them; other flags need another --runs-dir. Writes
 <output-dir>/comparison.csv, a row an evaluation, and comparison.png.
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import sampler
+import bookkeeping
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Args:
     """scripts to run"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of each"""
-    output_dir: Path = Path("results")
+    output_dir: Path = Path("experiments/results")
     """folder of the table and the plot"""
     runs_dir: Path = Path("runs/compare")
     """folder of the runs"""
@@ -45,7 +45,7 @@ IMMATERIAL = ("seed", "output_dir", "resume", "device", "dtype", "compile", "mic
 
 def settings(method, flags):
     """What makes a run of a script with these flags the experiment it is; a flag that the script does not know ends the program."""
-    given = asdict(sampler.parse_args(importlib.import_module(method).Args, None, flags))
+    given = asdict(bookkeeping.parse_args(importlib.import_module(method).Args, None, flags))
     return json.loads(json.dumps({name: value for name, value in given.items() if name not in IMMATERIAL}))
 
 
@@ -55,7 +55,7 @@ def check_folder(folder, wanted):
     for name, value in wanted.items():
         if saved.get(name) != value:
             flag = name.replace("_", "-")
-            sampler.fail(f"{folder} holds a run with --{flag} {saved.get(name)}, not {value}; name another --runs-dir")
+            bookkeeping.fail(f"{folder} holds a run with --{flag} {saved.get(name)}, not {value}; name another --runs-dir")
 
 
 def evaluations(folder):
@@ -72,10 +72,12 @@ def evaluations(folder):
 if __name__ == "__main__":
     args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     if {"--seed", "--output-dir", "--resume"} & {flag.split("=")[0] for flag in flags} or not (args.seeds and args.methods):
-        sampler.fail("--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run")
+        bookkeeping.fail(
+            "--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run"
+        )
     for method in args.methods:
-        if not (Path(__file__).parent / f"{method}.py").exists():
-            sampler.fail(f"--methods {method}: there is no {method}.py")
+        if not (Path(__file__).parent.parent / f"{method}.py").exists():
+            bookkeeping.fail(f"--methods {method}: there is no {method}.py")
         wanted = settings(method, flags)
         for seed in args.seeds:
             check_folder(args.runs_dir / f"{method}-{seed}", wanted)
@@ -85,7 +87,7 @@ if __name__ == "__main__":
             folder = args.runs_dir / f"{method}-{seed}"
             if not (folder / "result.json").exists():
                 where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder]
-                script = Path(__file__).parent / f"{method}.py"
+                script = Path(__file__).parent.parent / f"{method}.py"
                 run = subprocess.run([sys.executable, script, "--seed", str(seed), *where, *flags])
                 if run.returncode:
                     sys.exit(run.returncode)
