@@ -222,23 +222,26 @@ def explain_exception(kind, error, traceback):
 
 
 def evaluate(pipe, args, steps, tuned_steps=None):
-    """Scores the model on held-out prompts, always from the same noise: (mean score, {category: score}, (images, prompts)).
+    """Scores the model on held-out prompts, always from the same noise: (scores (N,), prompts, categories, images).
 
-    The ranks share the images; those returned are the rank's own.
+    The ranks share the work and each has all scores; the images are the rank's own, of prompts[rank::world].
     """
     rank, world = rank_world()
     prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args)[1], args.eval_images)
     noise = torch.randn(len(prompts), *sampler.latent_shape(pipe, args.resolution), generator=torch.Generator().manual_seed(12345))
-    mine = prompts[rank::world]
-    images = sampler.sample_ode(pipe, mine, noise[rank::world], steps, args, tuned_steps)
+    images = sampler.sample_ode(pipe, prompts[rank::world], noise[rank::world], steps, args, tuned_steps)
     scores = np.zeros(len(prompts))
-    scores[rank::world] = rewards.build(args.reward).verdict(images, mine).double().numpy()
+    scores[rank::world] = rewards.build(args.reward).verdict(images, prompts[rank::world]).double().numpy()
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, scores)
         scores = np.sum(parts, axis=0)
-    by_category = {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
-    return float(scores.mean()), by_category, (images, mine)
+    return scores, prompts, categories, images
+
+
+def category_means(scores, categories):
+    """{category: mean of its scores}"""
+    return {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
 
 
 def lora_state(pipe):
@@ -339,7 +342,7 @@ class Run:
     """A training run: its processes, folder, TensorBoard page, held-out scores, saves and stops. Only rank 0 prints and writes."""
 
     def __init__(self, args, script):
-        """Joins the other processes, loads pipeline and reward, makes the folder; what is wrong is found before anything is lost."""
+        """Joins the other processes, loads pipeline and reward, makes the folder; what is wrong is found before a loss."""
         self.args, self.script, self.held_out, self.seconds = args, script, {}, 0.0
         self.rank, self.world = rank_world()
         resolve_device(args)
@@ -448,14 +451,15 @@ class Run:
 
     def evaluate(self, step):
         """Scores the model on the held-out prompts and draws them: before.png at step 0, then after.png."""
-        score, categories, samples = evaluate(self.pipe, self.args, self.args.eval_steps)
+        scores, prompts, categories, images = evaluate(self.pipe, self.args, self.args.eval_steps)
+        score = float(scores.mean())
         when, name, picture = ("final", f"iteration {step}", "after") if step else ("base", "base model", "before")
-        self.held_out |= {f"{when}_score": score, f"{when}_categories": categories}
+        self.held_out |= {f"{when}_score": score, f"{when}_categories": category_means(scores, categories)}
         self.held_out["best_score"] = max(score, self.held_out.get("best_score", score))
         if self.rank == 0:
             self.writer.add_scalar("charts/held_out_score", score, step)
             tqdm.write(f"{name}: held-out score {score:.3f}")
-        self.picture(picture, step, *samples, tag="held_out")
+        self.picture(picture, step, images, prompts[self.rank :: self.world], tag="held_out")
 
     def save(self, done):
         """The LoRA, and everything a run continues from in one file, state.pt; each is replaced whole."""
@@ -483,6 +487,13 @@ class Run:
         done, planned = state["iteration"], saved["iterations"]
         if done > args.iterations or done == args.iterations and (done < planned or (self.folder / "result.json").exists()):
             fail(f"the run already has its {done} iterations; give a larger --iterations to go on")
+        if args.anneal_lr and (args.iterations, args.lr) != (planned, saved["lr"]) and done < args.iterations:
+            # The rate goes on falling from where it was, or from a given one: the line through (done, rate) and (iterations, 0)
+            rate = args.lr if args.lr != saved["lr"] else saved["lr"] * (1 - done / planned)
+            if rate == 0:
+                fail("the run's learning rate has fallen to 0; say with --lr from which rate the further iterations start")
+            args.lr = rate / (1 - done / args.iterations)
+            print(f"the learning rate goes on falling from {rate:.2g}" * (self.rank == 0))
         if self.rank == 0:
             (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run
             write_json(self.folder / "args.json", {**saved, **asdict(args)})

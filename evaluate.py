@@ -9,10 +9,13 @@ rest, which fill in what the reward has no say in. Writes evaluation.json and ev
 """
 
 import json
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 from safetensors.torch import load_file
 
@@ -75,6 +78,20 @@ def parse_args():
     return args
 
 
+def standard_errors(scores, prompts, categories, repeats=2000):
+    """Standard errors of the mean of scores (N,): over images, the captions being what they are, and over captions.
+
+    The second is a bootstrap that draws captions anew within their category; a category of one caption adds nothing to it.
+    """
+    rng, by_caption = np.random.default_rng(0), defaultdict(lambda: defaultdict(list))
+    for score, prompt, category in zip(scores, prompts, categories):
+        by_caption[category][prompt].append(score)
+    variance = sum(len(s) * np.var(s) for captions in by_caption.values() for s in captions.values())
+    means = [[np.mean(s) for s in captions.values()] for captions in by_caption.values()]
+    drawn = [np.mean([rng.choice(m, len(m)).mean() for m in means]) for _ in range(repeats)]
+    return math.sqrt(variance) / len(scores), float(np.std(drawn))
+
+
 if __name__ == "__main__":
     args = parse_args()
     args.gradient_checkpointing = False
@@ -90,11 +107,15 @@ if __name__ == "__main__":
             bookkeeping.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     folder.mkdir(parents=True, exist_ok=True)
     tuned_steps = round(args.hybrid * args.steps)
-    score, by_category, samples = bookkeeping.evaluate(pipe, args, args.steps, tuned_steps)
+    scores, prompts, categories, images = bookkeeping.evaluate(pipe, args, args.steps, tuned_steps)
+    by_category = bookkeeping.category_means(scores, categories)
+    over_images, over_captions = standard_errors(scores, prompts, categories)
     result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=tuned_steps)
-    result |= dict(guidance=args.guidance, images=len(samples[1]), score=score, categories=by_category)
+    result |= dict(guidance=args.guidance, images=len(prompts), captions=len(set(prompts)), score=float(scores.mean()))
+    result |= dict(error_over_images=over_images, error_over_captions=over_captions, categories=by_category)
     bookkeeping.write_json(folder / "evaluation.json", result)
-    bookkeeping.save_grid(*samples, folder / "evaluation.png")
-    for name, value in {**by_category, "all": score}.items():
+    bookkeeping.save_grid(images, prompts, folder / "evaluation.png")
+    for name, value in {**by_category, "all": result["score"]}.items():
         print(f"{name:20} {value:7.3f}")
+    print(f"standard error {over_images:.3f} over {len(prompts)} images, {over_captions:.3f} over {len(set(prompts))} captions")
     print(f"{tuned_steps} of {args.steps} steps with the LoRA; written to {folder}/evaluation.json and evaluation.png")

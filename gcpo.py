@@ -8,7 +8,7 @@ Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (eq. 4)
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (GCPO eq. 4)
     r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
     loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over --iterations"""
     clip: float = 3e-4
-    """eps: how far a ratio may leave 1"""
+    """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
     beta: float = 0.0
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
@@ -113,7 +113,8 @@ class Args:
 def group_advantages(rewards, group_size, global_std=False):
     """Advantages (B,) of group-major rewards (B,): (r - mean of its group) / (std + 1e-4), clamped to ±5.
 
-    The std is the group's, or with `global_std` that of all B rewards. A group without spread gets 0. Flow-GRPO eq. 4.
+    The std is the group's (GCPO eq. 4), or with `global_std`, Flow-GRPO's setting for SD3 and the default of Args, that of
+    all B rewards. A group without spread gets 0.
     """
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -180,9 +181,19 @@ def adaptive_chunks(curve, min_chunk=4):
     return split(np.asarray(curve, np.float64), 1)
 
 
+def chunk_means(values, chunk_sizes):
+    """Means (..., K) over consecutive chunks of the given sizes of values (..., N)."""
+    sizes = torch.tensor(chunk_sizes, device=values.device)
+    chunk_of = torch.arange(len(sizes), device=values.device).repeat_interleave(sizes)  # (N,) the chunk of each value
+    return values.new_zeros(*values.shape[:-1], len(sizes)).index_add(-1, chunk_of, values) / sizes
+
+
 def chunk_log_ratio(log_prob_new, log_prob_old, chunk_sizes):
-    """Log of the chunk ratios (B, K): the mean over each chunk of the steps' log ratios, (B, S) each. GCPO eq. 15."""
-    return torch.stack([chunk.mean(1) for chunk in (log_prob_new - log_prob_old).split(chunk_sizes, dim=1)], dim=1)
+    """Log of the chunk ratios (B, K): the mean over each chunk of the steps' log ratios, (B, S) each. GCPO eq. 15.
+
+    Where trajectories have different chunks, (K,) of the (N,) steps of all chunks, one chunk after another.
+    """
+    return chunk_means(log_prob_new - log_prob_old, chunk_sizes)
 
 
 def chunk_weights(curve, chunk_sizes):
@@ -191,16 +202,29 @@ def chunk_weights(curve, chunk_sizes):
     return moved / moved.sum()
 
 
+class Chunk(NamedTuple):
+    """Consecutive steps of one trajectory that share a ratio."""
+
+    b: int  # trajectory
+    j: int  # which of its chunks
+    first: int  # its first step
+    size: int
+    weight: float  # in the loss
+
+
 def batch_chunks(chunks, micro_batch):
-    """Packs chunks (trajectory, first step, size, ...) whole, long ones first: at most `micro_batch` steps, or one longer chunk."""
+    """Packs chunks whole, long ones first, into lists of at most `micro_batch` steps, or one longer chunk.
+
+    The exponential and the clip of eq. 14 act on a chunk, so all of its steps must be there in one backward pass.
+    """
     batches, room = [], []
-    for chunk in sorted(chunks, key=lambda chunk: -chunk[2]):
-        if max(room, default=0) < chunk[2]:
+    for chunk in sorted(chunks, key=lambda chunk: -chunk.size):
+        if max(room, default=0) < chunk.size:
             batches.append([])
             room.append(micro_batch)
-        i = next((i for i, steps in enumerate(room) if steps >= chunk[2]), -1)
+        i = next((i for i, steps in enumerate(room) if steps >= chunk.size), -1)
         batches[i].append(chunk)
-        room[i] -= chunk[2]
+        room[i] -= chunk.size
     return batches
 
 
@@ -225,6 +249,11 @@ if __name__ == "__main__":
     kernel = (sigmas[1].item(), args.eta, args.sde)
     shape = sampler.latent_shape(pipe, args.resolution)
 
+    # What a rollout fills, made once: two iterations' are never held at a time
+    trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+    log_prob_old = torch.empty(B, S, device=args.device)
+    final = torch.empty(B, *shape, device=args.device)  # x_T
+
     for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
         rng = np.random.default_rng((args.seed, iteration))
@@ -232,9 +261,6 @@ if __name__ == "__main__":
         text = sampler.encode(pipe, prompts, args)
 
         # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
-        trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
-        log_prob_old = torch.empty(B, S, device=args.device)
-        final = torch.empty(B, *shape, device=args.device)  # x_T
         noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
@@ -242,7 +268,7 @@ if __name__ == "__main__":
             for rows in torch.arange(B, device=args.device).split(args.micro_batch):
                 for k in range(S + 1):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = sampler.velocity(pipe, x, sigma, text[group[rows]], args)
+                    v = sampler.velocity(pipe, x, sigma, text.rows(group[rows]), args)
                     if k == S:
                         final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
                         break
@@ -250,6 +276,7 @@ if __name__ == "__main__":
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+        del noise, noises
         run.lap("sample")
 
         # Reward and advantage; trajectories of groups without spread are not kept
@@ -270,41 +297,44 @@ if __name__ == "__main__":
             print(f"\nchunk plans, by the number of trajectories: {dict(Counter(map(str, plans)).most_common(4))}")
 
         times_trained = Counter()
-        # Optimize: the chunks to train, as (trajectory, first step, size, weight, index), in --updates parts
+        # Optimize: the chunks to train, in --updates parts. Every process draws for all trajectories, so that their
+        # generators stay in step, and trains its own
+        step_weights = np.zeros(S)  # mean weight of a step in the loss over its weight in GRPO's
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             chunks = []
             for b in part.tolist():
-                drawn = math.ceil(args.chunk_fraction * len(plans[b]))
-                p = chunk_weights(curves[b], plans[b]) if args.weighted else None
-                for j in rng.choice(len(plans[b]), drawn, replace=False, p=p):
+                plan, starts = plans[b], np.cumsum([0, *plans[b]])
+                drawn = math.ceil(args.chunk_fraction * len(plan))
+                p = chunk_weights(curves[b], plan) if args.weighted else None
+                for j in rng.choice(len(plan), drawn, replace=False, p=p):
+                    weight = 1 / (len(part) * drawn)  # so that the loss is the mean over trajectories of the mean over their chunks
+                    step_weights[starts[j] : starts[j + 1]] += S * weight / plan[j] / args.updates
                     if b in mine:
-                        chunks.append((b - mine.start, sum(plans[b][:j]), plans[b][j], 1 / (len(part) * drawn), j))
+                        chunks.append(Chunk(b - mine.start, j, starts[j], plan[j], weight))
             for micro in batch_chunks(chunks, args.micro_batch):
-                pairs = [(b, start + i) for b, start, size, *_ in micro for i in range(size)]
-                b, k = torch.tensor(pairs, device=args.device).T
-                chunk_b, _, sizes, weight, index = (torch.tensor(column) for column in zip(*micro))
-                sizes, weight = sizes.tolist(), weight.to(args.device, torch.float32)
+                sizes = [chunk.size for chunk in micro]
+                weight = torch.tensor([chunk.weight for chunk in micro], device=args.device)
+                rows = [(chunk.b, k) for chunk in micro for k in range(chunk.first, chunk.first + chunk.size)]
+                b, k = torch.tensor(rows, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
-                v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                v = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
-                ratio = torch.exp(chunk_log_ratio(log_prob_new[None], log_prob_old[b, k][None], sizes)[0])
-                surrogate = clipped_loss(ratio, advantages[chunk_b], args.clip)
+                ratio = torch.exp(chunk_log_ratio(log_prob_new, log_prob_old[b, k], sizes))
+                surrogate = clipped_loss(ratio, advantages[[chunk.b for chunk in micro]], args.clip)
                 loss = (weight * surrogate).sum()
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                        v_ref = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
-                    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
-                    kl = torch.stack([c.mean() for c in kl.split(sizes)])
+                    kl = chunk_means(((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1), sizes)
                     loss = loss + args.beta * (weight * kl).sum()
                     run.record("losses", update, weight, kl=kl)
                 loss.backward()
                 stats = dict(ratio=ratio, clip_fraction=((ratio - 1).abs() > args.clip).float())
                 run.record("losses", update, weight, policy=surrogate, **stats)
-                for j in set(index.tolist()) if update + 1 == args.updates else ():
-                    run.record("chunks", j, **{name: value[index == j] for name, value in stats.items()})
-                times_trained.update(k.tolist())
+                for i, chunk in enumerate(micro if update + 1 == args.updates else ()):  # the update that has moved the furthest
+                    run.record("chunks", chunk.j, **{name: value[i : i + 1] for name, value in stats.items()})
             if len(part):
                 bookkeeping.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -317,4 +347,4 @@ if __name__ == "__main__":
         run.log({"charts/reward": scores.mean().item(), "charts/groups_with_spread": len(kept) / len(scores)})
         run.log({"chunks/sizes": np.concatenate(plans)})
         run.log({f"chunks/distance_{k}": curves[:, k].mean() for k in range(S)})
-        run.log({f"chunks/times_trained_{k}": times_trained[k] for k in range(S)})
+        run.log({f"chunks/weight_{k}": step_weights[k] for k in range(S)})

@@ -8,7 +8,7 @@ Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (eq. 4)
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (GCPO eq. 4)
     loss = mean over trajectories and trained steps k of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 """
@@ -53,7 +53,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over --iterations"""
     clip: float = 3e-4
-    """eps: how far a ratio may leave 1"""
+    """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
     beta: float = 0.0
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
@@ -99,7 +99,8 @@ class Args:
 def group_advantages(rewards, group_size, global_std=False):
     """Advantages (B,) of group-major rewards (B,): (r - mean of its group) / (std + 1e-4), clamped to ±5.
 
-    The std is the group's, or with `global_std` that of all B rewards. A group without spread gets 0. Flow-GRPO eq. 4.
+    The std is the group's (GCPO eq. 4), or with `global_std`, Flow-GRPO's setting for SD3 and the default of Args, that of
+    all B rewards. A group without spread gets 0.
     """
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -153,6 +154,11 @@ if __name__ == "__main__":
     kernel = (sigmas[1].item(), args.eta, args.sde)
     shape = sampler.latent_shape(pipe, args.resolution)
 
+    # What a rollout fills, made once: two iterations' are never held at a time
+    trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+    log_prob_old = torch.empty(B, S, device=args.device)
+    final = torch.empty(B, *shape, device=args.device)  # x_T
+
     for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
         rng = np.random.default_rng((args.seed, iteration))
@@ -160,9 +166,6 @@ if __name__ == "__main__":
         text = sampler.encode(pipe, prompts, args)
 
         # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
-        trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
-        log_prob_old = torch.empty(B, S, device=args.device)
-        final = torch.empty(B, *shape, device=args.device)  # x_T
         noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
@@ -170,7 +173,7 @@ if __name__ == "__main__":
             for rows in torch.arange(B, device=args.device).split(args.micro_batch):
                 for k in range(S + 1):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = sampler.velocity(pipe, x, sigma, text[group[rows]], args)
+                    v = sampler.velocity(pipe, x, sigma, text.rows(group[rows]), args)
                     if k == S:
                         final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
                         break
@@ -178,6 +181,7 @@ if __name__ == "__main__":
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+        del noise, noises
         run.lap("sample")
 
         # Reward and advantage; trajectories of groups without spread are not kept
@@ -190,21 +194,22 @@ if __name__ == "__main__":
         advantages = advantages[mine.start : mine.stop]
         run.lap("reward")
 
-        # Optimize: the (trajectory, step) pairs to train, in --updates parts
+        # Optimize: the (trajectory, step) pairs to train, in --updates parts. Every process draws for all trajectories, so
+        # that their generators stay in step, and trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             drawn = math.ceil(args.step_fraction * S)
             pairs = [(b - mine.start, k) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
             for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
                 b, k = torch.tensor(micro, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
-                v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                v = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
                 surrogate = clipped_loss(ratio, advantages[b], args.clip)
                 loss = surrogate.sum() / (len(part) * drawn)  # not .mean(): a micro-batch is only a piece of the update's mean
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                        v_ref = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)

@@ -184,7 +184,7 @@ def load(spec):
             raise ValueError(f"--reward {name} needs the package {missing}: pip install {PACKAGES.get(missing, missing)}") from None
         except OSError as error:
             raise ValueError(
-                f"--reward {name}: its network is neither on disk nor to be had: {str(error).splitlines()[0]}"
+                f"--reward {name}: its network, as safetensors, is neither on disk nor to be had: {str(error).splitlines()[0]}"
             ) from None
 
 

@@ -8,8 +8,8 @@ Latents are (B, C, H, W), scaled as the transformer sees them; images are (B, 3,
 import math
 import os
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns at import that torchvision is missing
 import numpy as np
@@ -39,10 +39,12 @@ def load_pipeline(args):
     # On a GPU the text encoders are too large for float32 (T5 alone 19 GB); on a CPU there is room for exactness.
     dtypes = {"vae": torch.float32, "transformer": dtype, "default": torch.float32 if args.device == "cpu" else dtype}
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes)
+        pipe = StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir() or not isinstance(error, OSError):
-            raise ValueError(f"{name} could not be loaded as a StableDiffusion3Pipeline: {error}") from None
+            raise ValueError(
+                f"{name} could not be loaded as a StableDiffusion3Pipeline with its weights in safetensors files: {error}"
+            ) from None
         raise ValueError(
             f"the weights of {name} are neither on disk nor to be had ({type(error).__name__}); accept their licence on "
             f"https://huggingface.co/{name} and run `hf auth login`, or take --model tiny, which needs no download"
@@ -84,7 +86,8 @@ def latent_shape(pipe, resolution=0):
     return pipe.transformer.config.in_channels, size, size
 
 
-class Text(NamedTuple):
+@dataclass
+class Text:
     """Encoded prompts, a row each, and the empty prompt that guidance contrasts them with."""
 
     embeds: torch.Tensor  # (P, L, D)
@@ -92,8 +95,8 @@ class Text(NamedTuple):
     empty_embeds: torch.Tensor  # (1, L, D)
     empty_pooled: torch.Tensor  # (1, E)
 
-    def __getitem__(self, rows):
-        return Text(self.embeds[rows], self.pooled[rows], self.empty_embeds, self.empty_pooled)
+    def rows(self, index):
+        return Text(self.embeds[index], self.pooled[index], self.empty_embeds, self.empty_pooled)
 
 
 @torch.no_grad()
@@ -170,9 +173,10 @@ def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
     if sde not in ("cps", "ddim"):
         raise ValueError(f"sde must be one of {', '.join(SDES)}, not {sde}")
     std = sigma_next * math.sin(eta * math.pi / 2) if sde == "cps" else eta * sigma_next * (1 - s).sqrt()
-    # (1 - sigma_next) x0 + sqrt(sigma_next² - std²) x1, written so that std = 0 leaves exactly the Euler step.
+    # (1 - sigma_next) x0 + sqrt(sigma_next² - std²) x1, written so that std = 0 leaves exactly the Euler step. With
+    # cps at eta = 1 rounding can make the root's argument a hair negative.
     x1 = x + (1 - sigma) * v
-    return x + v * dt + ((sigma_next**2 - std**2).sqrt() - sigma_next) * x1, std
+    return x + v * dt + ((sigma_next**2 - std**2).clamp(min=0).sqrt() - sigma_next) * x1, std
 
 
 @torch.no_grad()
@@ -212,7 +216,7 @@ def sample_ode(pipe, prompts, noise, steps, args, tuned_steps=None):
         x = noise[rows].to(args.device)
         for k in range(steps):
             with nullcontext() if tuned_steps is None or k < tuned_steps else adapter_off(pipe):
-                v = velocity(pipe, x, sigmas[k].expand(len(rows)), text[rows], args)
+                v = velocity(pipe, x, sigmas[k].expand(len(rows)), text.rows(rows), args)
             x = x + v * (sigmas[k + 1] - sigmas[k])
         images.append(decode(pipe, x))
     return torch.cat(images)

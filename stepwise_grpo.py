@@ -55,7 +55,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over --iterations"""
     clip: float = 3e-4
-    """eps: how far a ratio may leave 1"""
+    """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
     beta: float = 0.0
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
@@ -119,7 +119,7 @@ def gain_advantages(gains, group_size, normalize="joint"):
 
 
 @torch.no_grad()
-def tweedie(pipe, x, v, k, sigmas, text, substeps, args):
+def estimate_x0(pipe, x, v, k, sigmas, text, substeps, args):
     """Estimates (N, C, H, W) of the latents at sigma = 0 that states x at steps k (N,) with velocities v lead to.
 
     min(T', T - k) Euler steps of equal size from sigmas[k] to 0, of which the first reuses v; one step is the posterior
@@ -132,7 +132,7 @@ def tweedie(pipe, x, v, k, sigmas, text, substeps, args):
         rows = (n > i).nonzero().flatten()
         if len(rows):
             sigma = (sigmas[k] * (1 - i / n))[rows]
-            x[rows] = x[rows] - step[rows] * sampler.velocity(pipe, x[rows], sigma, text[rows], args)
+            x[rows] = x[rows] - step[rows] * sampler.velocity(pipe, x[rows], sigma, text.rows(rows), args)
     return x
 
 
@@ -181,6 +181,11 @@ if __name__ == "__main__":
     kernel = (sigmas[1].item(), args.eta, args.sde)
     shape = sampler.latent_shape(pipe, args.resolution)
 
+    # What a rollout fills, made once: two iterations' are never held at a time
+    trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+    log_prob_old = torch.empty(B, S, device=args.device)
+    velocities = torch.empty_like(trajectory)
+
     for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
         rng = np.random.default_rng((args.seed, iteration))
@@ -188,9 +193,6 @@ if __name__ == "__main__":
         text = sampler.encode(pipe, prompts, args)
 
         # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
-        trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
-        log_prob_old = torch.empty(B, S, device=args.device)
-        velocities = torch.empty_like(trajectory)
         noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
@@ -198,7 +200,7 @@ if __name__ == "__main__":
             for rows in torch.arange(B, device=args.device).split(args.micro_batch):
                 for k in range(S + 1):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = sampler.velocity(pipe, x, sigma, text[group[rows]], args)
+                    v = sampler.velocity(pipe, x, sigma, text.rows(group[rows]), args)
                     velocities[rows, k] = v
                     if k == S:
                         break
@@ -206,6 +208,7 @@ if __name__ == "__main__":
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+        del noise, noises
         run.lap("sample")
 
         # Reward and advantage; trajectories of groups without spread are not kept
@@ -216,7 +219,7 @@ if __name__ == "__main__":
         prompt_of = [prompts[p] for p in group.tolist()]
         state_rewards, estimates = torch.empty(B, S + 1), {}
         for b, k in (rows.T for rows in states.split(args.micro_batch)):
-            x0_hat = tweedie(pipe, trajectory[b, k], velocities[b, k], k, sigmas, text[group[b]], args.substeps, args)
+            x0_hat = estimate_x0(pipe, trajectory[b, k], velocities[b, k], k, sigmas, text.rows(group[b]), args.substeps, args)
             images = sampler.decode(pipe, x0_hat)
             state_rewards[b.cpu(), k.cpu()] = reward_function.score(images, [prompt_of[i] for i in b.tolist()])
             estimates.update({j: image for i, j, image in zip(b.tolist(), k.tolist(), images) if i == 0})
@@ -228,21 +231,22 @@ if __name__ == "__main__":
         advantages = advantages[mine.start : mine.stop]
         run.lap("reward")
 
-        # Optimize: the (trajectory, step) pairs to train, in --updates parts
+        # Optimize: the (trajectory, step) pairs to train, in --updates parts. Every process draws for all trajectories, so
+        # that their generators stay in step, and trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             drawn = math.ceil(args.step_fraction * S)
             pairs = [(b - mine.start, k) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
             for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
                 b, k = torch.tensor(micro, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
-                v = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                v = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
                 surrogate = clipped_loss(ratio, advantages[b, k], args.clip)
                 loss = surrogate.sum() / (len(part) * drawn)  # not .mean(): a micro-batch is only a piece of the update's mean
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = sampler.velocity(pipe, x, sigma, text[group[b]], args)
+                        v_ref = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)

@@ -141,7 +141,7 @@ def bare_calls(parsed, pipe):
     rows = torch.zeros(parsed.micro_batch, dtype=torch.long, device=parsed.device)
 
     def call(n):
-        return sampler.velocity(pipe, x[:n], sigma[:n], text[rows[:n]], parsed)
+        return sampler.velocity(pipe, x[:n], sigma[:n], text.rows(rows[:n]), parsed)
 
     @torch.no_grad()
     def sampling():

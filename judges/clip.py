@@ -19,7 +19,7 @@ def load(name):
 
     checkpoint, processor = CHECKPOINTS[name]
     processor = AutoProcessor.from_pretrained(processor)
-    return CLIPModel.from_pretrained(checkpoint).eval().to(device()), processor
+    return CLIPModel.from_pretrained(checkpoint, use_safetensors=True).eval().to(device()), processor
 
 
 @torch.no_grad()

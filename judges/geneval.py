@@ -11,6 +11,7 @@ from judges import clip, device, to_uint8
 from miniature import shapes
 
 CHECKPOINT = "facebook/mask2former-swin-small-coco-instance"
+SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # of what the detector sees in GenEval; this checkpoint's default is 384 x 384
 COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,"
     "cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,"
@@ -76,9 +77,10 @@ def judge(requests, objects, colour_of):
     `colour_of(boxes, name)` names the boxes' colours. Strict is GenEval's rule: enough objects, as many of them of the
     colour, every pair in the relation, and not one more where a number was asked for. Graded is Flow-GRPO's: the mean
     over clauses of 1 - |found - asked| / asked, for number and for colour, and of whether the relation holds; the last two
-    count only where the number is exact. Choices: no part is below 0, and a relation that fails counts once.
+    count only where the number is exact, for a relation in both its clauses. Choices: no part is below 0, and a relation
+    that fails counts once.
     """
-    strict, credits, before = True, [], []
+    strict, credits, before, exact_before = True, [], [], False
     for name, count, colour, relation in requests:
         boxes = objects.get(name, [])
         strict &= len(boxes) >= count and not (count > 1 and len(boxes) > count)
@@ -91,8 +93,8 @@ def judge(requests, objects, colour_of):
             pairs = [(a, b) for a in boxes[:count] for b in before]
             holds = bool(pairs) and all(relation in shapes.relations(a, b) for a, b in pairs)
             strict &= holds
-            credits.append(float(holds and len(boxes) == count))
-        before = boxes[:count]
+            credits.append(float(holds and exact_before and len(boxes) == count))
+        before, exact_before = boxes[:count], len(boxes) == count
     return strict, sum(credits) / len(credits)
 
 
@@ -100,7 +102,7 @@ def judge(requests, objects, colour_of):
 def load_detector():
     from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(CHECKPOINT).eval().to(device())
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(CHECKPOINT, use_safetensors=True).eval().to(device())
     return model, AutoImageProcessor.from_pretrained(CHECKPOINT)
 
 
@@ -112,7 +114,8 @@ def load():
 def detect(image, threshold):
     """{name: boxes by falling confidence} of the objects in a uint8 image (H, W, 3)."""
     model, processor = load_detector()
-    outputs = model(**processor(images=image, return_tensors="pt").to(model.device))
+    inputs = processor(images=image, size=SIZE, return_tensors="pt").to(model.device)
+    outputs = model(**inputs)
     options = dict(threshold=threshold, target_sizes=[image.shape[:2]], return_binary_maps=True)
     found = processor.post_process_instance_segmentation(outputs, **options)[0]
     objects = {}

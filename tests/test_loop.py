@@ -1,12 +1,15 @@
 """What the loops train: which prompts, trajectories and steps, with which weight, and that no flag is without effect."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from test_runs import ROOT, SCRIPTS, run, scalars
+from test_runs import SCRIPTS, run, scalars
 
+import miniature
 import rewards
 import sampler
 from miniature import shapes
@@ -54,20 +57,20 @@ def test_groups_without_spread_are_skipped(script, tmp_path, monkeypatch, traine
     constant = rewards.Reward(lambda images, prompts: torch.full((len(prompts),), 0.1), "shapes")
     monkeypatch.setitem(rewards.REWARDS, "constant", constant)
     logged = scalars(run(script, tmp_path / "run", *QUICK, "--reward", "constant"))
-    assert logged["charts/groups_with_spread"] == [0] and "losses/grad_norm" not in logged and not trained_rows
+    assert logged["charts/groups_with_spread"] == [0] and "losses/grad_norm_0" not in logged and not trained_rows
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_micro_batches_do_not_change_the_gradient(script, tmp_path):
     flags = [*QUICK, "--updates", "1", "--beta", "0.1", *(["--chunks", "1", "3"] if script == "gcpo" else [])]
-    whole, parts = (scalars(run(script, tmp_path / n, *flags, "--micro-batch", n))["losses/grad_norm"] for n in ("128", "5"))
+    whole, parts = (scalars(run(script, tmp_path / n, *flags, "--micro-batch", n))["losses/grad_norm_0"] for n in ("128", "5"))
     assert whole == pytest.approx(parts, rel=1e-3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_kl_term_holds_the_policy_back(script, tmp_path):
     flags = [*QUICK, "--iterations", "3", "--updates", "1", "--no-anneal-lr"]
-    free, held = (scalars(run(script, tmp_path / beta, *flags, "--beta", beta))["losses/kl"] for beta in ("1e-9", "1e4"))
+    free, held = (scalars(run(script, tmp_path / beta, *flags, "--beta", beta))["losses/kl_0"] for beta in ("1e-9", "1e4"))
     assert free[1] == pytest.approx(held[1], rel=1e-3)  # the first update starts at the reference, where the KL has no slope
     assert held[2] < free[2] / 2
 
@@ -81,12 +84,11 @@ def test_step_fraction_is_the_share_of_the_steps_that_is_trained(script, tmp_pat
 def test_chunks_cover_their_own_steps_and_a_fraction_of_them_is_trained(tmp_path):
     def trained(*flags):
         logged = scalars(run("gcpo", tmp_path / str(len(flags)), *QUICK, "--chunks", "3", "1", *flags))
-        return round(8 * logged["charts/groups_with_spread"][0]), [logged[f"chunks/times_trained_{k}"][0] for k in range(4)]
+        return [logged[f"chunks/weight_{k}"][0] for k in range(4)]
 
-    images, times = trained()
-    assert times == [images] * 4
-    images, times = trained("--chunk-fraction", "0.5")
-    assert times[0] == times[1] == times[2] and times[0] + times[3] == images  # one chunk of two
+    assert trained() == pytest.approx([4 / 6, 4 / 6, 4 / 6, 2])  # S / (K c) of GRPO's
+    weights = trained("--chunk-fraction", "0.5")  # one chunk of two
+    assert weights[0] == weights[1] == weights[2] and sum(weights) == pytest.approx(4) and 0 < weights[3] < 4
 
 
 def test_stepwise_credits_the_step_that_gained(tmp_path, monkeypatch, trained_rows):
@@ -94,7 +96,7 @@ def test_stepwise_credits_the_step_that_gained(tmp_path, monkeypatch, trained_ro
     score = lambda images, prompts: torch.tensor([float(b % 4) * (k >= 3) for b, k in states])  # all gain is step 2's
     monkeypatch.setitem(rewards.REWARDS, "gain", rewards.Reward(score, "shapes", lambda images, prompts: torch.zeros(len(prompts))))
     run("stepwise_grpo", tmp_path / "run", *QUICK, "--updates", "1", "--normalize", "step", "--reward", "gain")
-    level = sampler.schedule(StableDiffusion3Pipeline.from_pretrained(ROOT / "miniature/tiny-sd3"), 5)[2]
+    level = sampler.schedule(StableDiffusion3Pipeline.from_pretrained(miniature.FOLDER), 5)[2]
     sigma, norm = (torch.cat(column) for column in zip(*trained_rows))
     assert len(sigma) == 32 and (norm[sigma != level] == 0).all() and (norm[sigma == level] > 0).all()
 
@@ -117,3 +119,26 @@ def test_every_flag_changes_what_is_trained(script, tmp_path):
     variants = ["", "--clip 1", "--max-grad-norm 1e-6", *FLAGS[script]]
     runs = [run(script, tmp_path / str(i), *QUICK, *flags.split()) for i, flags in enumerate(variants)]
     assert len({(folder / "pytorch_lora_weights.safetensors").read_bytes() for folder in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_rollout_needs_is_freed(script, tmp_path, monkeypatch):
+    """No noise is held while training, and never two iterations' trajectories."""
+    group_noise, velocity, noises, trajectories = sampler.group_noise, sampler.velocity, [], []
+
+    def spy_noise(*a):
+        trajectories.append(sum(torch.is_tensor(o) and o.shape[:2] == (8, 5) and o.ndim == 5 for o in gc.get_objects()))
+        made = group_noise(*a)
+        noises.extend(map(weakref.ref, made))
+        return made
+
+    def spy_velocity(*a):
+        v = velocity(*a)
+        assert not v.requires_grad or not any(noise() is not None for noise in noises)
+        return v
+
+    monkeypatch.setattr(sampler, "group_noise", spy_noise)
+    monkeypatch.setattr(sampler, "velocity", spy_velocity)
+    run(script, tmp_path / "run", *QUICK, "--iterations", "2")
+    held = 2 if script == "stepwise_grpo" else 1  # with the velocities
+    assert len(noises) == 8 and max(trajectories) == held

@@ -91,6 +91,13 @@ def test_a_schedule_falls_from_one_to_zero_even_with_one_step():
         assert len(sigmas) == steps + 1 and sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
+@pytest.mark.parametrize("sde", ["cps", "ddim"])
+def test_the_most_noise_there_can_be_is_still_a_number(sde):
+    sigma = torch.linspace(0.01, 0.99, 999)
+    mean, _ = sampler.sde_step(torch.ones(999, 2), torch.ones(999, 2), (sigma + 0.01), sigma, 0.9, 1.0, sde)
+    assert mean.isfinite().all()
+
+
 def test_an_unknown_sde_is_named():
     with pytest.raises(ValueError, match="flow, dance, cps, ddim"):
         sampler.sde_step(*[torch.ones(1, 1)] * 2, *[torch.ones(1) * 0.5] * 2, 0.9, 0.5, "euler")
@@ -281,10 +288,15 @@ def test_chunk_weights_are_proportional_to_the_mean_distance():
 
 
 def test_chunks_are_batched_whole():
-    chunks = [(b, 0, size) for b, size in enumerate([3, 4, 2, 5, 9, 1])]
+    chunks = [gcpo.Chunk(b, 0, 0, size, 1.0) for b, size in enumerate([3, 4, 2, 5, 9, 1])]
     batches = gcpo.batch_chunks(chunks, 7)
     assert sorted(c for batch in batches for c in batch) == sorted(chunks)
-    assert [[size for *_, size in batch] for batch in batches] == [[9], [5, 2], [4, 3], [1]]  # 9 alone is over 7; the rest is full
+    assert [[chunk.size for chunk in batch] for batch in batches] == [
+        [9],
+        [5, 2],
+        [4, 3],
+        [1],
+    ]  # 9 alone is over 7; the rest is full
     assert gcpo.batch_chunks([], 7) == []
 
 
@@ -351,7 +363,7 @@ def test_the_transitions_log_prob_is_that_of_its_sde_step(module, sde):
 
 
 class AnyRows:
-    def __getitem__(self, rows):
+    def rows(self, index):
         return self
 
 
@@ -359,7 +371,7 @@ def estimate(monkeypatch, substeps, T=10):
     sigmas, k, x = sigmas_of(T), torch.arange(T), randn(T, 2, 3, 3)
     monkeypatch.setattr(sampler, "velocity", lambda pipe, x, sigma, text, args: exact_velocity(x, sigma.view(-1, 1, 1, 1)))
     v = exact_velocity(x, sigmas[:T].view(-1, 1, 1, 1))
-    return stepwise_grpo.tweedie(None, x.clone(), v, k, sigmas, AnyRows(), substeps, None), x, v, sigmas
+    return stepwise_grpo.estimate_x0(None, x.clone(), v, k, sigmas, AnyRows(), substeps, None), x, v, sigmas
 
 
 def test_the_one_step_estimate_is_the_posterior_mean(monkeypatch):

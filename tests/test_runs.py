@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bookkeeping
+import grpo
+import miniature
 import rewards
 import sampler
 from experiments import bench, compare
@@ -62,9 +64,11 @@ def test_a_run_writes_its_files(finished):
     assert json.loads((folder / "args.json").read_text())["group_size"] == 4
     assert Image.open(folder / "before.png").size == Image.open(folder / "after.png").size
     logged = scalars(folder)
-    assert {"charts/reward", "charts/held_out_score", "losses/ratio", "losses/clip_fraction", "losses/grad_norm"} <= set(logged)
+    assert {"charts/reward", "charts/held_out_score", "losses/ratio_0", "losses/clip_fraction_0", "losses/grad_norm_0"} <= set(
+        logged
+    )
     if script == "gcpo":
-        assert {"chunks/distance_3", "chunks/ratio_0", "chunks/clip_fraction_0", "chunks/times_trained_3"} <= set(logged)
+        assert {"chunks/distance_3", "chunks/ratio_0", "chunks/clip_fraction_0", "chunks/weight_3"} <= set(logged)
     if script == "stepwise_grpo":
         assert "gain/step_3" in logged and (folder / "tweedie.png").exists()
     assert not list(folder.glob(".*tmp"))
@@ -92,7 +96,7 @@ def test_compare_takes_a_finished_run_only_for_its_own_settings(finished, capsys
 
 def test_stock_diffusers_loads_the_lora(finished):
     _, folder = finished
-    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "miniature/tiny-sd3")
+    pipe = StableDiffusion3Pipeline.from_pretrained(miniature.FOLDER)
     options = dict(num_inference_steps=4, output_type="pt", max_sequence_length=1)
 
     def draw():
@@ -114,8 +118,8 @@ def test_the_ratio_is_one_before_the_first_update(script, sde, tmp_path):
     """One update a rollout is on-policy: with the clip at 1e-5 no ratio of any step is clipped."""
     flags = ["--iterations", "1", "--updates", "1", "--clip", "1e-5", "--sde", sde, "--micro-batch", "3"]
     logged = scalars(run(script, tmp_path / "run", *flags))
-    assert logged["losses/clip_fraction"] == [0.0]
-    assert logged["losses/ratio"][0] == pytest.approx(1, abs=1e-5)
+    assert logged["losses/clip_fraction_0"] == [0.0]
+    assert logged["losses/ratio_0"][0] == pytest.approx(1, abs=1e-5)
 
 
 def test_gcpo_with_chunks_of_one_step_trains_what_grpo_trains(tmp_path):
@@ -126,10 +130,21 @@ def test_gcpo_with_chunks_of_one_step_trains_what_grpo_trains(tmp_path):
     assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5 < max((a[n] - c[n]).abs().max() for n in a)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_logged_objective_is_the_losss_and_every_update_has_its_own(script, tmp_path):
+    """On-policy the advantages of whole groups add up to 0, and with them the objective; the second update has moved on."""
+    chunks = ["--chunks", "1", "3"] if script == "gcpo" else []
+    logged = scalars(run(script, tmp_path / "one", "--iterations", "1", "--updates", "1", *chunks))
+    assert logged["losses/policy_0"][0] == pytest.approx(0, abs=1e-6) and "losses/policy_1" not in logged
+    logged = scalars(run(script, tmp_path / "two", "--iterations", "1", *chunks))
+    assert logged["losses/clip_fraction_0"] == [0] and logged["losses/ratio_0"][0] == pytest.approx(1, abs=1e-6)
+    assert logged["losses/clip_fraction_1"][0] > 0 and logged["losses/ratio_1"][0] != logged["losses/ratio_0"][0]
+
+
 def test_kl_is_zero_at_the_reference_and_positive_away_from_it(finished, tmp_path):
     script, _ = finished
     logged = scalars(run(script, tmp_path / "run", "--iterations", "2", "--updates", "1", "--beta", "0.1"))
-    assert logged["losses/kl"][0] == 0 and logged["losses/kl"][1] > 0
+    assert logged["losses/kl_0"][0] == 0 and logged["losses/kl_0"][1] > 0
 
 
 def test_the_saved_optimizer_has_made_every_update_at_the_annealed_rate(finished):
@@ -141,22 +156,60 @@ def test_the_saved_optimizer_has_made_every_update_at_the_annealed_rate(finished
     assert names == set("to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split())
 
 
-def test_the_same_seed_gives_the_same_bytes_and_a_resumed_run_too(finished, tmp_path):
+def interrupt(monkeypatch, presses=1):
+    """Presses Ctrl-C while the first iteration's images are judged."""
+    honest, left = rewards.REWARDS["shapes"], [presses]
+
+    def score(images, prompts):
+        while left[0] > 0:
+            left[0] -= 1
+            signal.raise_signal(signal.SIGINT)
+        return honest.score(images, prompts)
+
+    monkeypatch.setitem(rewards.REWARDS, "shapes", rewards.Reward(score, "shapes", honest.verdict))
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_resumed_run_too(finished, tmp_path, monkeypatch):
     script, folder = finished
     first = (folder / "pytorch_lora_weights.safetensors").read_bytes()
-    half = run(script, tmp_path / "half", "--iterations", "1")
+    half = tmp_path / "half"
+    interrupt(monkeypatch)
+    with pytest.raises(SystemExit, match="stopped after iteration 1; continue with --resume"):
+        run(script, half, "--iterations", "2")
     assert (half / "pytorch_lora_weights.safetensors").read_bytes() != first
-    run(script, half, "--resume", str(half), "--iterations", "2", small=False)
+    run(script, half, "--resume", str(half), small=False)
     assert (half / "pytorch_lora_weights.safetensors").read_bytes() == first
     other = run(script, tmp_path / "other", "--iterations", "2", "--seed", "1")
     assert (other / "pytorch_lora_weights.safetensors").read_bytes() != first
 
 
+def test_a_second_ctrl_c_is_pythons_own(tmp_path, monkeypatch):
+    interrupt(monkeypatch, presses=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("grpo", tmp_path / "run", "--iterations", "1")
+
+
+def test_more_iterations_go_on_from_the_rate_that_the_run_had(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    interrupt(monkeypatch)
+    with pytest.raises(SystemExit, match="stopped after iteration 1"):
+        run("grpo", folder, "--iterations", "4", "--lr", "4e-3")
+    run("grpo", folder, "--resume", str(folder), "--iterations", "3", small=False)
+    assert scalars(folder)["charts/learning_rate"] == pytest.approx([4e-3, 3e-3, 1.5e-3])
+    with pytest.raises(SystemExit) as stop:
+        run("grpo", folder, "--resume", str(folder), "--iterations", "5", small=False)
+    assert stop.value.code == 2 and "say with --lr from which rate" in capsys.readouterr().err
+    run("grpo", folder, "--resume", str(folder), "--iterations", "5", "--lr", "1e-3", small=False)
+    assert scalars(folder)["charts/learning_rate"][3:] == pytest.approx([1e-3, 5e-4])
+
+
 @needs_compiler
-def test_a_resumed_run_has_the_same_bytes_compiled_too(tmp_path):
-    whole = run("gcpo", tmp_path / "whole", "--iterations", "2", "--compile")
-    half = run("gcpo", tmp_path / "half", "--iterations", "1", "--compile")
-    run("gcpo", half, "--resume", str(half), "--iterations", "2", small=False)
+def test_a_resumed_run_has_the_same_bytes_compiled_too(tmp_path, monkeypatch):
+    whole, half = run("gcpo", tmp_path / "whole", "--iterations", "2", "--compile"), tmp_path / "half"
+    interrupt(monkeypatch)
+    with pytest.raises(SystemExit, match="stopped after iteration 1"):
+        run("gcpo", half, "--iterations", "2", "--compile")
+    run("gcpo", half, "--resume", str(half), small=False)
     a, b = ((folder / "pytorch_lora_weights.safetensors").read_bytes() for folder in (whole, half))
     assert a == b
 
@@ -165,7 +218,7 @@ def test_a_resumed_run_has_the_same_bytes_compiled_too(tmp_path):
 def test_compiled_and_eager_agree(tmp_path):
     a, b = (scalars(run("grpo", tmp_path / flag, "--iterations", "1", flag)) for flag in ("--compile", "--no-compile"))
     assert a["charts/reward"] == b["charts/reward"]
-    assert a["losses/grad_norm"][0] == pytest.approx(b["losses/grad_norm"][0], rel=1e-3)
+    assert a["losses/grad_norm_0"][0] == pytest.approx(b["losses/grad_norm_0"][0], rel=1e-3)
 
 
 @pytest.mark.parametrize("script", ["grpo", "gcpo"])
@@ -193,9 +246,9 @@ def test_bench_prints_its_ratios():
 
 
 def test_the_pipeline_that_ships_draws_in_stock_diffusers():
-    pipe = StableDiffusion3Pipeline.from_pretrained(ROOT / "miniature/tiny-sd3")
+    pipe = StableDiffusion3Pipeline.from_pretrained(miniature.FOLDER)
     assert pipe("two red circles", num_inference_steps=8).images[0].size == (64, 64)
-    assert sum(f.stat().st_size for f in (ROOT / "miniature/tiny-sd3").rglob("*")) < 12e6
+    assert sum(f.stat().st_size for f in (miniature.FOLDER).rglob("*")) < 12e6
 
 
 def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):
@@ -289,7 +342,7 @@ def test_a_longer_run_that_breaks_off_leaves_no_result_of_the_shorter(finished, 
     broken = rewards.Reward(lambda images, prompts: torch.full((len(prompts),), torch.nan), "shapes", rewards.shapes_verdict)
     monkeypatch.setitem(rewards.REWARDS, "shapes", broken)
     with pytest.raises(SystemExit, match="not finite"):
-        run(script, longer, "--resume", str(longer), "--iterations", "3", small=False)
+        run(script, longer, "--resume", str(longer), "--iterations", "3", "--lr", "1e-3", small=False)
     assert (folder / "result.json").exists() and not (longer / "result.json").exists()
 
 
@@ -330,6 +383,22 @@ def test_ctrl_c_saves_and_leaves(tmp_path):
     with pytest.raises(SystemExit) as stop:  # that many iterations are done but were never evaluated
         run("grpo", tmp_path / "run", "--resume", str(tmp_path / "run"), "--iterations", str(done), small=False)
     assert stop.value.code == 2
+
+
+def test_pickled_weights_are_refused(tmp_path, capsys):
+    folder = shutil.copytree(miniature.FOLDER, tmp_path / "pickled")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(SystemExit) as stop:
+        run("grpo", tmp_path / "run", "--model", str(folder))
+    assert stop.value.code == 2 and "safetensors" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_miniature_is_one_whatever_its_name(tmp_path):
+    folder = shutil.copytree(miniature.FOLDER, tmp_path / "copy")
+    args = bookkeeping.parse_args(grpo.Args, None, ["--model", str(folder), "--reward", "jpeg-compressibility"])
+    assert (args.resolution, args.steps) == (0, 6) and rewards.prompt_set(args) == rewards.PROMPT_SETS["shapes"]
 
 
 def test_from_the_command_line_there_is_no_traceback():
