@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from judges import clip, geneval, ocr, to_uint8
+from judges import clip, geneval, hpsv3, imagereward, ocr, to_uint8, unifiedreward
 from miniature import is_miniature, shapes
 
 PACKAGES = {"rapidocr": "rapidocr onnxruntime", "rapidfuzz": "rapidfuzz"}  # beyond requirements.txt: module -> pip's names
@@ -107,6 +107,9 @@ REWARDS = {
     "jpeg-incompressibility": Reward(jpeg_incompressibility, "animals"),
     "clip": Reward(clip.score, "activities", load=lambda: clip.load("clip")),
     "pickscore": Reward(clip.pickscore, "activities", load=lambda: clip.load("pickscore")),
+    "imagereward": Reward(imagereward.score, "activities", load=imagereward.load),
+    "hpsv3": Reward(hpsv3.score, "activities", load=hpsv3.load),
+    "unifiedreward": Reward(unifiedreward.score, "activities", load=unifiedreward.load),
     "ocr": Reward(ocr.score, "text", check=ocr.quoted, load=ocr.load),
     "geneval": Reward(geneval.score, "geneval", geneval.verdict, geneval.parse, load=geneval.load),
 }
@@ -182,6 +185,8 @@ def load(spec):
         except ImportError as error:
             missing = error.name or str(error)
             raise ValueError(f"--reward {name} needs the package {missing}: pip install {PACKAGES.get(missing, missing)}") from None
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"--reward {name}: {error}") from None
         except OSError as error:
             raise ValueError(
                 f"--reward {name}: its network, as safetensors, is neither on disk nor to be had: {str(error).splitlines()[0]}"
