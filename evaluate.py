@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 from safetensors.torch import load_file
 
+import arguments
 import bookkeeping
 
 
@@ -58,22 +59,22 @@ class Args:
 
 def parse_args():
     given = tyro.cli(Args, description=__doc__)
-    preset = dict(bookkeeping.preset_of(given.model))
+    preset = dict(arguments.preset_of(given.model))
     if given.lora:
         try:
             preset = json.loads((Path(given.lora) / "args.json").read_text())
         except (OSError, ValueError):
-            bookkeeping.fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
+            arguments.fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
     preset["steps"] = preset.get("eval_steps", Args.steps)
     defaults = {k: v for k, v in preset.items() if k in Args.__dataclass_fields__ and k not in ("output_dir", "device", "dtype")}
     args = tyro.cli(Args, description=__doc__, default=Args(**defaults))
     if min(args.steps, args.eval_images, args.micro_batch, args.rank, args.text_length) < 1:
-        bookkeeping.fail("--steps, --eval-images, --micro-batch, --rank and --text-length must be at least 1")
-    if bookkeeping.rank_world()[1] > 1:
-        bookkeeping.fail("evaluate.py runs in one process; start it without torchrun")
+        arguments.fail("--steps, --eval-images, --micro-batch, --rank and --text-length must be at least 1")
+    if arguments.rank_world()[1] > 1:
+        arguments.fail("evaluate.py runs in one process; start it without torchrun")
     if not 0 <= args.hybrid <= 1:
-        bookkeeping.fail(f"--hybrid {args.hybrid} must be from 0 to 1")
-    bookkeeping.check_model_and_reward(args)
+        arguments.fail(f"--hybrid {args.hybrid} must be from 0 to 1")
+    arguments.check_model_and_reward(args)
     args.output_dir = args.output_dir or args.lora or "runs/evaluation"
     return args
 
@@ -95,7 +96,7 @@ def standard_errors(scores, prompts, categories, repeats=2000):
 if __name__ == "__main__":
     args = parse_args()
     args.gradient_checkpointing = False
-    bookkeeping.resolve_device(args)
+    arguments.resolve_device(args)
     folder = Path(args.output_dir)
     bookkeeping.require_writable(folder)
     pipe = bookkeeping.load(args)
@@ -104,7 +105,7 @@ if __name__ == "__main__":
             weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
             bookkeeping.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
         except Exception as error:
-            bookkeeping.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
+            arguments.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     folder.mkdir(parents=True, exist_ok=True)
     tuned_steps = round(args.hybrid * args.steps)
     scores, prompts, categories, images = bookkeeping.evaluate(pipe, args, args.steps, tuned_steps)

@@ -17,17 +17,20 @@ Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level rat
 """
 
 import math
-from collections import Counter
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
+import arguments
 import bookkeeping
 import rewards
 import sampler
+
+Chunk = namedtuple("Chunk", "b first size index weight")  # `size` steps of trajectory b from `first` on; weight in the loss
 
 
 @dataclass
@@ -103,7 +106,7 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = True
-    """compile the log-probability"""
+    """compile the log-probability, and in a run long enough to repay it the transformer's blocks"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
     device: str = "auto"
@@ -127,6 +130,16 @@ def with_signal(advantages, group_size):
     """Indices of the trajectories whose group has any advantage but 0; the others would train nothing."""
     groups = advantages.view(len(advantages) // group_size, -1)
     return groups.any(1).repeat_interleave(group_size).nonzero().flatten()
+
+
+def distinct_states(b, k, group_size):
+    """Rows that share a state share a call: a group starts from one noise, so at step 0 its trajectories have one state.
+
+    Of transitions (n,), steps k of trajectories b: the distinct states (b (m,), k (m,)) and which one each transition has (n,).
+    """
+    first_of_group = b - b % group_size
+    (b, k), state = torch.unique(torch.stack([torch.where(k == 0, first_of_group, b), k]), dim=1, return_inverse=True)
+    return b, k, state
 
 
 def log_prob(x_next, mean, std):
@@ -189,10 +202,7 @@ def chunk_means(values, chunk_sizes):
 
 
 def chunk_log_ratio(log_prob_new, log_prob_old, chunk_sizes):
-    """Log of the chunk ratios (B, K): the mean over each chunk of the steps' log ratios, (B, S) each. GCPO eq. 15.
-
-    Where trajectories have different chunks, (K,) of the (N,) steps of all chunks, one chunk after another.
-    """
+    """Log of the chunk ratios (..., K), the means over each chunk of its steps' log ratios, from (..., N) each. GCPO eq. 15."""
     return chunk_means(log_prob_new - log_prob_old, chunk_sizes)
 
 
@@ -202,39 +212,26 @@ def chunk_weights(curve, chunk_sizes):
     return moved / moved.sum()
 
 
-class Chunk(NamedTuple):
-    """Consecutive steps of one trajectory that share a ratio."""
-
-    b: int  # trajectory
-    j: int  # which of its chunks
-    first: int  # its first step
-    size: int
-    weight: float  # in the loss
-
-
 def batch_chunks(chunks, micro_batch):
-    """Packs chunks whole, long ones first, into lists of at most `micro_batch` steps, or one longer chunk.
+    """Chunks (b, first step, size, ...) in as few even batches of whole chunks as have at most `micro_batch` steps, or one chunk.
 
     The exponential and the clip of eq. 14 act on a chunk, so all of its steps must be there in one backward pass.
     """
-    batches, room = [], []
-    for chunk in sorted(chunks, key=lambda chunk: -chunk.size):
-        if max(room, default=0) < chunk.size:
-            batches.append([])
-            room.append(micro_batch)
-        i = next((i for i, steps in enumerate(room) if steps >= chunk.size), -1)
-        batches[i].append(chunk)
-        room[i] -= chunk.size
-    return batches
+    chunks = sorted(chunks)  # by trajectory, so that rows that share a state share a batch
+    for n in range(1, len(chunks) + 1):
+        batches = [chunks[len(chunks) * i // n : len(chunks) * (i + 1) // n] for i in range(n)]
+        if n == len(chunks) or max(sum(chunk.size for chunk in batch) for batch in batches) <= micro_batch:
+            return batches
+    return []
 
 
 if __name__ == "__main__":
-    args = bookkeeping.parse_args(Args, __doc__)
+    args = arguments.parse_args(Args, __doc__)
     run = bookkeeping.Run(args, Path(__file__).stem)
     pipe = run.pipe
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
-    rank, world = bookkeeping.rank_world()
+    rank, world = run.rank, run.world
     S, G, P = args.steps - 1, args.group_size, args.prompts // world
     B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
     mine = range(rank * B, (rank + 1) * B)
@@ -254,6 +251,12 @@ if __name__ == "__main__":
     log_prob_old = torch.empty(B, S, device=args.device)
     final = torch.empty(B, *shape, device=args.device)  # x_T
 
+    def velocity(b, k):
+        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,)."""
+        b, k, state = distinct_states(b, k, G)
+        v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
+        return v.index_select(0, state)  # whose backward pass adds rows in a fixed order, other than that of v[state]
+
     for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
         rng = np.random.default_rng((args.seed, iteration))
@@ -265,16 +268,17 @@ if __name__ == "__main__":
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
         with torch.no_grad():
-            for rows in torch.arange(B, device=args.device).split(args.micro_batch):
+            for rows in sampler.even_batches(torch.arange(B, device=args.device), args.micro_batch):
                 for k in range(S + 1):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = sampler.velocity(pipe, x, sigma, text.rows(group[rows]), args)
+                    v = velocity(rows, torch.full_like(rows, k))
                     if k == S:
                         final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
                         break
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
+                    # mean and std once more: the very function that training uses, so that the ratio begins at exactly 1
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
         del noise, noises
         run.lap("sample")
@@ -289,52 +293,49 @@ if __name__ == "__main__":
         advantages = advantages[mine.start : mine.stop]
         run.lap("reward")
 
-        # The chunk plan of every trajectory
         curves = bookkeeping.gather(relative_distance(trajectory, args.distance)).double().cpu().numpy()
         fixed = list(args.chunks or ()) or (args.chunk_size and fixed_chunks(S, args.chunk_size))
-        plans = [fixed or adaptive_chunks(curve, args.min_chunk) for curve in curves]
-        if iteration == 0 and rank == 0:
-            print(f"\nchunk plans, by the number of trajectories: {dict(Counter(map(str, plans)).most_common(4))}")
+        plans = [fixed or adaptive_chunks(curve, args.min_chunk) for curve in curves]  # of every trajectory
+        step_weights = np.zeros(S)  # of a step in the loss, over its weight in GRPO's
 
-        times_trained = Counter()
-        # Optimize: the chunks to train, in --updates parts. Every process draws for all trajectories, so that their
-        # generators stay in step, and trains its own
-        step_weights = np.zeros(S)  # mean weight of a step in the loss over its weight in GRPO's
+        # Optimize, in --updates parts. Every process draws for all trajectories, so that their generators stay in step, and
+        # trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             chunks = []
             for b in part.tolist():
                 plan, starts = plans[b], np.cumsum([0, *plans[b]])
                 drawn = math.ceil(args.chunk_fraction * len(plan))
-                p = chunk_weights(curves[b], plan) if args.weighted else None
-                for j in rng.choice(len(plan), drawn, replace=False, p=p):
-                    weight = 1 / (len(part) * drawn)  # so that the loss is the mean over trajectories of the mean over their chunks
+                for j in rng.choice(len(plan), drawn, replace=False, p=chunk_weights(curves[b], plan) if args.weighted else None):
+                    weight = 1 / (len(part) * drawn)  # for the mean over trajectories of the mean over their chunks
                     step_weights[starts[j] : starts[j + 1]] += S * weight / plan[j] / args.updates
                     if b in mine:
-                        chunks.append(Chunk(b - mine.start, j, starts[j], plan[j], weight))
+                        chunks.append(Chunk(b - mine.start, starts[j], plan[j], j, weight))
             for micro in batch_chunks(chunks, args.micro_batch):
                 sizes = [chunk.size for chunk in micro]
                 weight = torch.tensor([chunk.weight for chunk in micro], device=args.device)
                 rows = [(chunk.b, k) for chunk in micro for k in range(chunk.first, chunk.first + chunk.size)]
                 b, k = torch.tensor(rows, device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
-                v = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
+                v = velocity(b, k)
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(chunk_log_ratio(log_prob_new, log_prob_old[b, k], sizes))
                 surrogate = clipped_loss(ratio, advantages[[chunk.b for chunk in micro]], args.clip)
                 loss = (weight * surrogate).sum()
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
+                        v_ref = velocity(b, k)
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
-                    kl = chunk_means(((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1), sizes)
+                    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                    kl = chunk_means(kl, sizes)
                     loss = loss + args.beta * (weight * kl).sum()
                     run.record("losses", update, weight, kl=kl)
                 loss.backward()
-                stats = dict(ratio=ratio, clip_fraction=((ratio - 1).abs() > args.clip).float())
-                run.record("losses", update, weight, policy=surrogate, **stats)
-                for i, chunk in enumerate(micro if update + 1 == args.updates else ()):  # the update that has moved the furthest
-                    run.record("chunks", chunk.j, **{name: value[i : i + 1] for name, value in stats.items()})
+                clipped = ((ratio - 1).abs() > args.clip).float()
+                run.record("losses", update, weight, policy=surrogate, ratio=ratio, clip_fraction=clipped)
+                index = np.array([chunk.index for chunk in micro])
+                for j in set(index.tolist()) if update + 1 == args.updates else ():  # in the update that is furthest off-policy
+                    run.record("chunks", j, ratio=ratio[index == j], clip_fraction=clipped[index == j])
             if len(part):
                 bookkeeping.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -346,5 +347,5 @@ if __name__ == "__main__":
 
         run.log({"charts/reward": scores.mean().item(), "charts/groups_with_spread": len(kept) / len(scores)})
         run.log({"chunks/sizes": np.concatenate(plans)})
-        run.log({f"chunks/distance_{k}": curves[:, k].mean() for k in range(S)})
-        run.log({f"chunks/weight_{k}": step_weights[k] for k in range(S)})
+        for name, values in dict(distance=curves.mean(0), distance_spread=curves.std(0), weight=step_weights).items():
+            run.log({f"chunks/{name}_{k}": value for k, value in enumerate(values)})

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import arguments
 import bookkeeping
 import rewards
 import sampler
@@ -89,7 +90,7 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = True
-    """compile the log-probability"""
+    """compile the log-probability, and in a run long enough to repay it the transformer's blocks"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
     device: str = "auto"
@@ -115,6 +116,16 @@ def with_signal(advantages, group_size):
     return groups.any(1).repeat_interleave(group_size).nonzero().flatten()
 
 
+def distinct_states(b, k, group_size):
+    """Rows that share a state share a call: a group starts from one noise, so at step 0 its trajectories have one state.
+
+    Of transitions (n,), steps k of trajectories b: the distinct states (b (m,), k (m,)) and which one each transition has (n,).
+    """
+    first_of_group = b - b % group_size
+    (b, k), state = torch.unique(torch.stack([torch.where(k == 0, first_of_group, b), k]), dim=1, return_inverse=True)
+    return b, k, state
+
+
 def log_prob(x_next, mean, std):
     """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
     z = (x_next - mean) / std
@@ -134,12 +145,12 @@ def clipped_loss(ratio, advantages, clip):
 
 
 if __name__ == "__main__":
-    args = bookkeeping.parse_args(Args, __doc__)
+    args = arguments.parse_args(Args, __doc__)
     run = bookkeeping.Run(args, Path(__file__).stem)
     pipe = run.pipe
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
-    rank, world = bookkeeping.rank_world()
+    rank, world = run.rank, run.world
     S, G, P = args.steps - 1, args.group_size, args.prompts // world
     B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
     mine = range(rank * B, (rank + 1) * B)
@@ -159,6 +170,12 @@ if __name__ == "__main__":
     log_prob_old = torch.empty(B, S, device=args.device)
     final = torch.empty(B, *shape, device=args.device)  # x_T
 
+    def velocity(b, k):
+        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,)."""
+        b, k, state = distinct_states(b, k, G)
+        v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
+        return v.index_select(0, state)  # whose backward pass adds rows in a fixed order, other than that of v[state]
+
     for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
         optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
         rng = np.random.default_rng((args.seed, iteration))
@@ -170,16 +187,17 @@ if __name__ == "__main__":
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
         with torch.no_grad():
-            for rows in torch.arange(B, device=args.device).split(args.micro_batch):
+            for rows in sampler.even_batches(torch.arange(B, device=args.device), args.micro_batch):
                 for k in range(S + 1):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = sampler.velocity(pipe, x, sigma, text.rows(group[rows]), args)
+                    v = velocity(rows, torch.full_like(rows, k))
                     if k == S:
                         final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
                         break
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
+                    # mean and std once more: the very function that training uses, so that the ratio begins at exactly 1
                     log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
         del noise, noises
         run.lap("sample")
@@ -194,30 +212,31 @@ if __name__ == "__main__":
         advantages = advantages[mine.start : mine.stop]
         run.lap("reward")
 
-        # Optimize: the (trajectory, step) pairs to train, in --updates parts. Every process draws for all trajectories, so
-        # that their generators stay in step, and trains its own
+        # Optimize, in --updates parts. Every process draws for all trajectories, so that their generators stay in step, and
+        # trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             drawn = math.ceil(args.step_fraction * S)
-            pairs = [(b - mine.start, k) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
-            for micro in (pairs[i : i + args.micro_batch] for i in range(0, len(pairs), args.micro_batch)):
-                b, k = torch.tensor(micro, device=args.device).T
+            weight = 1 / max(len(part) * drawn, 1)  # for the mean over all pairs, of which a micro-batch has only some
+            pairs = [(k, b - mine.start) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
+            pairs = torch.tensor(sorted(pairs), device=args.device)  # sorted, so that rows that share a state share a batch
+            for k, b in (micro.T for micro in sampler.even_batches(pairs, args.micro_batch)):
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
-                v = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
+                v = velocity(b, k)
                 log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
                 surrogate = clipped_loss(ratio, advantages[b], args.clip)
-                loss = surrogate.sum() / (len(part) * drawn)  # not .mean(): a micro-batch is only a piece of the update's mean
+                loss = (weight * surrogate).sum()
                 if args.beta > 0:
                     with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = sampler.velocity(pipe, x, sigma, text.rows(group[b]), args)
+                        v_ref = velocity(b, k)
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
-                    loss = loss + args.beta * kl.sum() / (len(part) * drawn)
-                    run.record("losses", update, kl=kl)
+                    loss = loss + args.beta * (weight * kl).sum()
+                    run.record("losses", update, weight, kl=kl)
                 loss.backward()
                 clipped = ((ratio - 1).abs() > args.clip).float()
-                run.record("losses", update, policy=surrogate, ratio=ratio, clip_fraction=clipped)
+                run.record("losses", update, weight, policy=surrogate, ratio=ratio, clip_fraction=clipped)
             if len(part):
                 bookkeeping.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)

@@ -42,12 +42,10 @@ def load_pipeline(args):
         pipe = StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir() or not isinstance(error, OSError):
-            raise ValueError(
-                f"{name} could not be loaded as a StableDiffusion3Pipeline with its weights in safetensors files: {error}"
-            ) from None
+            raise ValueError(f"{name} could not be loaded as a StableDiffusion3Pipeline of safetensors files: {error}") from None
         raise ValueError(
-            f"the weights of {name} are neither on disk nor to be had ({type(error).__name__}); accept their licence on "
-            f"https://huggingface.co/{name} and run `hf auth login`, or take --model tiny, which needs no download"
+            f"the weights of {name}, as safetensors, are neither on disk nor to be had ({type(error).__name__}); accept "
+            f"their licence on https://huggingface.co/{name}, run `hf auth login`, or take --model tiny, which needs no download"
         ) from None
     for module in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if module is not None:
@@ -70,14 +68,28 @@ def load_pipeline(args):
     return pipe
 
 
+def compile_blocks(transformer):
+    """Compiles the transformer's repeated blocks: one graph serves all that are alike, in batches of any size."""
+    torch._dynamo.config.recompile_limit = 32  # inner and last block; LoRA on and off
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of a silent fall to eager
+    names = transformer._repeated_blocks or ["JointTransformerBlock"]
+    for block in transformer.modules():
+        if type(block).__name__ in names:
+            block.compile(fullgraph=True, dynamic=True)
+    transformer.blocks_are_compiled = True
+
+
 @contextmanager
 def adapter_off(pipe):
     """The reference policy: the same model without its LoRA."""
     pipe.transformer.disable_adapters()
-    try:
-        yield
-    finally:
-        pipe.transformer.enable_adapters()
+    yield
+    pipe.transformer.enable_adapters()
+
+
+def even_batches(rows, micro_batch):
+    """Rows (n, ...) in as few batches as have at most `micro_batch` rows, all of even size."""
+    return rows.tensor_split(math.ceil(len(rows) / micro_batch)) if len(rows) else ()
 
 
 def latent_shape(pipe, resolution=0):
@@ -125,19 +137,24 @@ def encode(pipe, prompts, args):
 
 def velocity(pipe, x, sigma, text, args):
     """v_theta(x, sigma, prompt) (B, C, H, W) in float32, with classifier-free guidance applied; sigma is (B,)."""
-    dtype = getattr(torch, args.dtype)
+    dtype, rows, guided = getattr(torch, args.dtype), len(x), args.guidance > 1
+    if rows == 1:  # alone a row goes through other kernels, which round otherwise
+        x, sigma, text = x.expand(2, -1, -1, -1), sigma.expand(2), text.rows([0, 0])
     embeds, pooled = text.embeds, text.pooled
-    guided = args.guidance > 1
     if guided:
         embeds = torch.cat([text.empty_embeds.expand_as(embeds), embeds])
         pooled = torch.cat([text.empty_pooled.expand_as(pooled), pooled])
         x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    # A graph compiled without gradients rounds otherwise than one with them: a rollout goes through the graph of training.
+    wanted, compiled = torch.is_grad_enabled(), getattr(pipe.transformer, "blocks_are_compiled", False)
+    if compiled:  # inputs that want gradients, as later blocks' do: else the first block would need a graph of its own
+        x, embeds = x.detach().requires_grad_(), embeds.detach().requires_grad_()
+    with torch.set_grad_enabled(wanted or compiled), torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         v = pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0].float()
     if guided:
         v_empty, v = v.chunk(2)
         v = v_empty + args.guidance * (v - v_empty)
-    return v
+    return v[:rows] if wanted else v[:rows].detach()
 
 
 def schedule(pipe, steps, device="cpu"):
@@ -212,7 +229,7 @@ def sample_ode(pipe, prompts, noise, steps, args, tuned_steps=None):
     text = encode(pipe, prompts, args)
     sigmas = schedule(pipe, steps, args.device)
     images = []
-    for rows in torch.arange(len(prompts)).split(args.micro_batch):
+    for rows in even_batches(torch.arange(len(prompts)), args.micro_batch):
         x = noise[rows].to(args.device)
         for k in range(steps):
             with nullcontext() if tuned_steps is None or k < tuned_steps else adapter_off(pipe):

@@ -1,13 +1,17 @@
 """How near the scripts are to the bare model, as ratios measured in one run: medians, with the range in brackets.
 
-    python -m experiments.bench              # miniature model, under three minutes on two CPU cores
+    python -m experiments.bench              # miniature model, about ten minutes on two CPU cores
+    python -m experiments.bench --against ../before     # and an iteration over that of another checkout, in turns
     python -m experiments.bench --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
 
-(a) an iteration over the transformer's forward and backward calls alone, in batches of --micro-batch, and where the rest goes
+(a) an iteration over the transformer's forward and backward calls alone, eager and as many as without shared states, and over
+    the same calls compiled; where the rest goes, and how many latents went through the transformer
 (b) the log-probability kernel, compiled over eager, forward and backward, and its bandwidth over that of a plain copy
 (c) an iteration of GCPO and of Stepwise-Flow-GRPO over one of GRPO
 (d) an iteration in one process over one shared by two (on a CPU with two cores or more)
-(e) on a GPU, model FLOPs utilisation of a GRPO iteration
+(e) seconds from the start of a script to its first iteration: eager, compiled with an empty cache, with a full one
+(f) an iteration beside one and two busy loops over an undisturbed one (on a CPU)
+(g) on a GPU, model FLOPs utilisation of a GRPO iteration
 
 Flags that are not its own go to the scripts.
 """
@@ -33,6 +37,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import arguments
 import bookkeeping
 import gcpo
 import grpo
@@ -40,6 +45,7 @@ import sampler
 import stepwise_grpo
 
 SCRIPTS = {"grpo": grpo, "gcpo": gcpo, "stepwise_grpo": stepwise_grpo}
+ROOT = Path(__file__).parent.parent
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, by the makers
 
 
@@ -51,6 +57,8 @@ class Args:
     """a transformer and VAE of Stable Diffusion 3.5 medium's size with random weights and random text, instead of --model's"""
     iterations: int = 4
     """measured iterations of each script; one more warms up"""
+    against: str = ""
+    """folder of another checkout, whose grpo.py is run in turns with this one's"""
 
 
 def random_sd3(folder):
@@ -102,39 +110,39 @@ def medians(functions, repeats):
 
 def show(name, values, digits=2, unit=""):
     median, low, high = (f"{x:.{digits}f}{unit}" for x in (statistics.median(values), min(values), max(values)))
-    print(f"{name:64} {median} [{low} to {high}]", flush=True)
+    print(f"{name:76} {median} [{low} to {high}]", flush=True)
 
 
-def command_line(script, args, folder):
-    flags = ["--iterations", str(args.iterations + 1), "--eval-every", "1000", "--eval-images", "6", "--eval-steps", "2"]
+def command_line(script, args, folder, iterations):
+    flags = ["--iterations", str(iterations), "--eval-every", "1000", "--eval-images", "6", "--eval-steps", "2"]
     return [f"{script}.py", "--model", args.model, *flags, "--save-every", "1000", *args.flags, "--output-dir", str(folder)]
 
 
 def logged(folder):
-    """{tag: values of every iteration but the first, which compiles}."""
+    """{tag: values of every iteration but the first, which warms up}."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return {tag: np.array([e.value for e in events.Scalars(tag)][1:]) for tag in events.Tags()["scalars"]}
 
 
-def run(command):
-    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+def run(command, **options):
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, **options)
     if done.returncode:
         sys.exit(done.returncode)
 
 
 def script_args(script, args):
     """The script's own arguments, as its run has them."""
-    parsed = bookkeeping.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere")[1:])
-    bookkeeping.resolve_device(parsed)
+    parsed = arguments.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere", 1)[1:])
+    arguments.resolve_device(parsed)
     return parsed
 
 
 def bare_calls(parsed, pipe):
-    """(sampling, training): functions that make an iteration's transformer calls and nothing else."""
+    """(sampling, training): functions that make an iteration's transformer calls and nothing else, for every state one row."""
     B, S = parsed.prompts * parsed.group_size, parsed.steps - 1
     text = sampler.encode(pipe, ["two red circles"], parsed)
-    sizes = lambda n: [min(parsed.micro_batch, n - start) for start in range(0, n, parsed.micro_batch)]
+    sizes = lambda n: [len(rows) for rows in sampler.even_batches(torch.arange(n), parsed.micro_batch)]
     shape = sampler.latent_shape(pipe, parsed.resolution)
     x = torch.randn(parsed.micro_batch, *shape, device=parsed.device)
     sigma = torch.full((parsed.micro_batch,), 0.7, device=parsed.device)
@@ -163,29 +171,64 @@ def bare_calls(parsed, pipe):
     return sampling, training
 
 
-def run_beside_bare_calls(script, args, folder):
-    """Runs a script in this process, which should be a fresh one; (N, 2) seconds of the bare calls for sampling and training.
+@contextlib.contextmanager
+def eager(pipe):
+    """Compiled blocks run as they are written, and without gradients where none are wanted."""
+    compiled = getattr(pipe.transformer, "blocks_are_compiled", False)
+    pipe.transformer.blocks_are_compiled = False
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    pipe.transformer.blocks_are_compiled = compiled
 
+
+def measured_run(script, args, folder, compiled, bare=True):
+    """Runs a script in this process, which should be a fresh one: (seconds to the first iteration, bare calls, latents).
+
+    Bare calls (kinds, N, 2) are seconds for sampling and training, eager and, where the blocks are compiled, compiled too.
     They are measured on the script's own pipeline between its iterations: those of a row are the mean of right before and
-    right after one of the N iterations that follow the first, so that a slow moment hits both alike.
+    right after one of the N iterations that follow the first, so that a slow moment hits both alike. Latents (N, 2) went
+    through the transformer in sampling and in training.
     """
-    parsed = script_args(script, args)
-    pipe = sampler.load_pipeline(parsed)
-    functions = bare_calls(parsed, pipe)
-    seconds = []
+    began, seconds, latents, velocity = bookkeeping.now(), [], [], sampler.velocity
+    # Whether the blocks are compiled is what is compared here, not decided by the number of iterations
+    bookkeeping.WORTH_COMPILING = dict.fromkeys(bookkeeping.WORTH_COMPILING, 0 if compiled else float("inf"))
+    parsed, pipes, count = script_args(script, args), [], [0, 0]
+
+    def load_pipeline(_, load=sampler.load_pipeline):
+        pipes.append(load(parsed))
+        return pipes[0]
+
+    def counting(pipe, x, *rest):
+        count[torch.is_grad_enabled()] += len(x)
+        return velocity(pipe, x, *rest)
 
     class Bar(tqdm):
         def __iter__(self):
+            to_first = bookkeeping.now() - began
+            functions = bare_calls(parsed, pipes[0])
             for iteration in super().__iter__():
+                count[:] = 0, 0
                 yield iteration
-                stamps = [bookkeeping.now()] + [function() or bookkeeping.now() for function in functions]
-                seconds.append(np.diff(stamps))
+                latents.append(tuple(count))
+                stamps = []
+                for kind in range(1 + compiled if bare else 0):
+                    with contextlib.nullcontext() if kind else eager(pipes[0]):
+                        stamps.append(np.diff([bookkeeping.now()] + [function() or bookkeeping.now() for function in functions]))
+                seconds.append(stamps)
+            seconds.append(to_first)
 
-    bookkeeping.tqdm, sampler.load_pipeline = Bar, lambda _: pipe
-    sys.argv = command_line(script, args, folder)
+    bookkeeping.tqdm, sampler.load_pipeline, sampler.velocity = Bar, load_pipeline, counting
+    sys.argv = command_line(script, args, folder, args.iterations + 1)
     with contextlib.redirect_stdout(io.StringIO()):
         runpy.run_path(SCRIPTS[script].__file__, run_name="__main__")
-    return (np.array(seconds)[:-1] + np.array(seconds)[1:]) / 2
+    *seconds, to_first = seconds
+    stamps = np.array(seconds)
+    return to_first, (stamps[:-1] + stamps[1:]).swapaxes(0, 1) / 2, np.array(latents[1:])
+
+
+def in_fresh_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(function, *arguments).result()
 
 
 def kernel_functions(device):
@@ -207,52 +250,82 @@ def kernel_functions(device):
 if __name__ == "__main__":
     args, args.flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     if args.iterations < 1:
-        bookkeeping.fail("--iterations must be at least 1")
+        arguments.fail("--iterations must be at least 1")
+    if args.against and not (Path(args.against) / "grpo.py").exists():
+        arguments.fail(f"--against {args.against} is not a checkout: it has no grpo.py")
     workspace = tempfile.TemporaryDirectory()
     if args.random_weights:
         args.model = f"{workspace.name}/sd3"
         random_sd3(args.model)
     parsed = script_args("grpo", args)
     print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{workspace.name}/cache"  # empty: the first compiled run starts cold
+    images, at_all = parsed.prompts * parsed.group_size, bookkeeping.has_compiler(parsed.device) and parsed.compile
+    S = parsed.steps - 1
 
-    runs, peaks, iteration = {}, {}, {}
-    for script in SCRIPTS:
-        folder = Path(workspace.name) / script
-        if script == "stepwise_grpo":
-            run(command_line(script, args, folder))
-        else:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-                bare = fresh.submit(run_beside_bare_calls, script, args, folder).result()
-        runs[script] = logged(folder)
-        peaks[script] = json.loads((folder / "result.json").read_text())["peak_memory_mb"]
-        iteration[script] = parsed.prompts * parsed.group_size / runs[script]["charts/images_per_second"]
-        if script == "stepwise_grpo":  # it calls the transformer more often
-            continue
-        bare_part = {"sample": bare[:, 0], "train": bare[:, 1] * runs[script]["charts/groups_with_spread"]}
-        limit = sum(bare_part.values())
-        show(f"(a) {script}: iteration / bare model calls", iteration[script] / limit)
-        for name in ("sample", "decode", "reward", "train"):
-            note = f", of it bare calls {statistics.median(bare_part[name] / limit):.2f}" if name in bare_part else ""
-            show(f"      {name}{note}", runs[script][f"time/{name}"] / limit)
-    if bookkeeping.has_compiler(parsed.device):
+    runs, iteration, start = {}, {}, {}
+    for script, compiled in [(script, compiled) for compiled in (False, True)[: 1 + at_all] for script in SCRIPTS]:
+        folder = Path(workspace.name) / f"{script}-{compiled}"
+        how, both = "compiled" if compiled else "eager", script != "stepwise_grpo"  # which calls the transformer more often
+        start[script, compiled], bare, latents = in_fresh_process(measured_run, script, args, folder, compiled, both)
+        runs[script, compiled] = logged(folder)
+        peak = json.loads((folder / "result.json").read_text())["peak_memory_mb"]
+        iteration[script, compiled] = images / runs[script, compiled]["charts/images_per_second"]
+        show(f"{script}, {how}, peak memory {peak:.0f} MB: seconds an iteration", iteration[script, compiled])
+        trained = runs[script, compiled]["charts/groups_with_spread"]
+        for kind, calls in zip(("eager", "compiled"), bare):
+            parts = {"sample": calls[:, 0], "train": calls[:, 1] * trained}
+            limit = sum(parts.values())
+            show(f"(a) {script}, {how}: iteration / bare {kind} calls", iteration[script, compiled] / limit)
+            for name in ("sample", "decode", "reward", "train") if kind == "eager" else ():
+                note = f", of it bare calls {statistics.median(parts[name] / limit):.2f}" if name in parts else ""
+                show(f"      {name}{note}", runs[script, compiled][f"time/{name}"] / limit)
+        if both:
+            sampled, train = np.median(latents, axis=0)
+            full = images * S * np.median(trained) * getattr(parsed, "step_fraction", 1.0)
+            print(
+                f"      latents through the transformer: {sampled:.0f} of {images * (S + 1)}, in training {train:.0f} of {full:.0f}"
+            )
+    if at_all:
         functions = kernel_functions(parsed.device)
         seconds = medians(functions, 20)
         ratio = lambda a, b: [x / y for x, y in zip(seconds[a], seconds[b])]
         show("(b) log-probability kernel: eager / compiled time", ratio("eager", "compiled"))
         # Forward reads v, x and x_next; backward reads them again and writes v's gradient: 7 tensors. A copy reads one, writes one.
         show("      its bandwidth / a copy's", [7 / 2 * r for r in ratio("copy", "compiled")])
-    else:
-        print("(b) not measured: no C++ compiler found")
-    for script in ("gcpo", "stepwise_grpo"):
-        show(f"(c) {script} iteration / grpo iteration", iteration[script] / statistics.median(iteration["grpo"]))
-    for script, values in iteration.items():
-        show(f"      {script}, peak memory {peaks[script]:.0f} MB", values, unit=" s")
+    for script, compiled in iteration:
+        if script != "grpo":
+            how = "compiled" if compiled else "eager"
+            show(f"(c) {script} / grpo, {how}", iteration[script, compiled] / statistics.median(iteration["grpo", compiled]))
     if parsed.device == "cpu" and (os.cpu_count() or 1) > 1:
-        folder = Path(workspace.name) / "two"
-        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // 2))
-        run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command_line("grpo", args, folder)])
-        two = parsed.prompts * parsed.group_size / logged(folder)["charts/images_per_second"]
-        show("(d) grpo: one process / two processes", [statistics.median(iteration["grpo"]) / t for t in two])
+        folder, environment = Path(workspace.name) / "two", {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads() // 2)}
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        run([*torchrun, *command_line("grpo", args, folder, args.iterations + 1)], cwd=ROOT, env=environment)
+        two = images / logged(folder)["charts/images_per_second"]
+        show("(d) grpo, eager: one process / two processes", [statistics.median(iteration["grpo", False]) / t for t in two])
+    if at_all:
+        kinds = {"eager": ("grpo", False), "cold": ("grpo", True), "warm": ("gcpo", True)}  # the second to compile found a cache
+        print("(e) seconds to the first iteration:", ", ".join(f"{name} {start[key]:.0f}" for name, key in kinds.items()))
+    for n in (1, 2) if parsed.device == "cpu" else ():
+        folder = Path(workspace.name) / f"busy-{n}"
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+        try:
+            in_fresh_process(measured_run, "grpo", args, folder, at_all, False)
+        finally:
+            for loop in loops:
+                loop.kill()
+        slow = images / logged(folder)["charts/images_per_second"]
+        show(f"(f) grpo beside {n} busy loops / undisturbed", slow / statistics.median(iteration["grpo", at_all]))
+    before, now = [], []
+    for turn in range(3 if args.against else 0):
+        folders = [Path(workspace.name) / f"{name}-{turn}" for name in ("before", "now")]
+        run(command_line("grpo", args, folders[0], args.iterations + 1), cwd=args.against)
+        in_fresh_process(measured_run, "grpo", args, folders[1], at_all, False)
+        for values, folder in zip((before, now), folders):
+            values += list(images / logged(folder)["charts/images_per_second"])
+    if args.against:
+        show("      grpo of the other checkout: seconds an iteration", before)
+        show("      grpo / grpo of the other checkout", [t / statistics.median(before) for t in now])
     if parsed.device != "cpu":
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
         pipe = sampler.load_pipeline(parsed)  # only now, so that a script has the GPU to itself
@@ -260,8 +333,8 @@ if __name__ == "__main__":
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             sampler.velocity(pipe, x, x.new_full((1,), 0.7), sampler.encode(pipe, ["two red circles"], parsed), parsed)
         # A trained step costs its forward, a backward for activations alone (the weights are frozen), and the KL's forward.
-        share = runs["grpo"]["charts/groups_with_spread"].mean()
-        calls = parsed.steps + (2 + (parsed.beta > 0)) * (parsed.steps - 1) * share
-        work = counter.get_total_flops() * parsed.prompts * parsed.group_size * calls
+        share = runs["grpo", at_all]["charts/groups_with_spread"].mean()
+        calls = parsed.steps + (2 + (parsed.beta > 0)) * S * share
+        work = counter.get_total_flops() * images * calls
         if peak:
-            show("(e) model FLOPs utilisation of a GRPO iteration", [work / t / peak for t in iteration["grpo"]])
+            show("(g) model FLOPs utilisation of a GRPO iteration", [work / t / peak for t in iteration["grpo", at_all]])

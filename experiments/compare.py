@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import bookkeeping
+import arguments
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Args:
     """scripts to run"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of each"""
+    target: float = 0.55
+    """held-out score for which images and minutes are told"""
     output_dir: Path = Path("experiments/results")
     """folder of the table and the plot"""
     runs_dir: Path = Path("runs/compare")
@@ -45,7 +47,7 @@ IMMATERIAL = ("seed", "output_dir", "resume", "device", "dtype", "compile", "mic
 
 def settings(method, flags):
     """What makes a run of a script with these flags the experiment it is; a flag that the script does not know ends the program."""
-    given = asdict(bookkeeping.parse_args(importlib.import_module(method).Args, None, flags))
+    given = asdict(arguments.parse_args(importlib.import_module(method).Args, None, flags))
     return json.loads(json.dumps({name: value for name, value in given.items() if name not in IMMATERIAL}))
 
 
@@ -55,7 +57,7 @@ def check_folder(folder, wanted):
     for name, value in wanted.items():
         if saved.get(name) != value:
             flag = name.replace("_", "-")
-            bookkeeping.fail(f"{folder} holds a run with --{flag} {saved.get(name)}, not {value}; name another --runs-dir")
+            arguments.fail(f"{folder} holds a run with --{flag} {saved.get(name)}, not {value}; name another --runs-dir")
 
 
 def evaluations(folder):
@@ -69,15 +71,22 @@ def evaluations(folder):
         yield e.step * per_iteration, minutes[e.step - 1] if e.step else 0.0, e.value
 
 
+def reached(curve, target):
+    """(images, minutes) at which a run's curve, rows in order, first has the target, between evaluations in proportion; or None."""
+    for before, after in zip(curve, curve[1:]):
+        if after["held_out"] >= target:
+            share = max(0.0, (target - before["held_out"]) / (after["held_out"] - before["held_out"]))
+            return tuple(before[key] + share * (after[key] - before[key]) for key in ("images", "minutes"))
+    return None
+
+
 if __name__ == "__main__":
     args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
     if {"--seed", "--output-dir", "--resume"} & {flag.split("=")[0] for flag in flags} or not (args.seeds and args.methods):
-        bookkeeping.fail(
-            "--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run"
-        )
+        arguments.fail("--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run")
     for method in args.methods:
         if not (Path(__file__).parent.parent / f"{method}.py").exists():
-            bookkeeping.fail(f"--methods {method}: there is no {method}.py")
+            arguments.fail(f"--methods {method}: there is no {method}.py")
         wanted = settings(method, flags)
         for seed in args.seeds:
             check_folder(args.runs_dir / f"{method}-{seed}", wanted)
@@ -105,6 +114,12 @@ if __name__ == "__main__":
         curves = [[r for r in rows if r["method"] == method and r["seed"] == seed] for seed in args.seeds]
         scores = np.array([[r["held_out"] for r in curve] for curve in curves])
         print(f"{method:15} {scores[:, 0].mean():.3f} -> {scores[:, -1].mean():.3f}, by seed {scores[:, -1].round(3).tolist()}")
+        arrivals = [reached(curve, args.target) for curve in curves]
+        if all(arrivals):
+            images, minutes = np.mean(arrivals, axis=0)
+            print(f"{'':15} {args.target} after {images:,.0f} images, {minutes:.1f} minutes")
+        else:
+            print(f"{'':15} {args.target} not reached by seeds {[seed for seed, a in zip(args.seeds, arrivals) if not a]}")
         for axis, key in zip(axes, ("images", "minutes")):
             x = np.mean([[r[key] for r in curve] for curve in curves], axis=0)
             axis.plot(x, scores.mean(0), color=colour, label=method)

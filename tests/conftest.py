@@ -1,5 +1,10 @@
 """A miniature of the full Stable Diffusion 3.5 with every part it has, T5 and dual attention too; only its VAE is trained."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores: one thread each, in the programs they start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline

@@ -287,17 +287,33 @@ def test_chunk_weights_are_proportional_to_the_mean_distance():
     np.testing.assert_allclose(weights, np.array([2.0, 6.0, 1.5]) / 9.5)
 
 
-def test_chunks_are_batched_whole():
-    chunks = [gcpo.Chunk(b, 0, 0, size, 1.0) for b, size in enumerate([3, 4, 2, 5, 9, 1])]
-    batches = gcpo.batch_chunks(chunks, 7)
-    assert sorted(c for batch in batches for c in batch) == sorted(chunks)
-    assert [[chunk.size for chunk in batch] for batch in batches] == [
-        [9],
-        [5, 2],
-        [4, 3],
-        [1],
-    ]  # 9 alone is over 7; the rest is full
+def test_chunks_are_batched_whole_and_evenly():
+    chunk = lambda b, size: gcpo.Chunk(b, 0, size, 0, 1.0)
+    batches = gcpo.batch_chunks([chunk(b, 2) for b in range(65)], 128)
+    assert [[c.size for c in batch] for batch in batches] == [[2] * 32, [2] * 33]
+    assert [len(batch) for batch in gcpo.batch_chunks([chunk(0, 3), chunk(1, 9), chunk(2, 3)], 7)] == [1, 1, 1]  # 9 is over 7
     assert gcpo.batch_chunks([], 7) == []
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        chunks = [chunk(b, int(rng.integers(1, 6))) for b in range(rng.integers(1, 60))]
+        batches = gcpo.batch_chunks(chunks[::-1], 8)
+        assert [c for batch in batches for c in batch] == chunks
+        assert all(0 < sum(c.size for c in batch) <= 8 for batch in batches)
+
+
+@pytest.mark.parametrize("module", [grpo, gcpo, stepwise_grpo])
+def test_rows_that_share_a_state_share_a_call(module):
+    """Two groups of three: their first states are two, all others one for each trajectory."""
+    b, k = torch.tensor([2, 0, 1, 4, 5, 1]), torch.tensor([0, 0, 0, 0, 1, 1])
+    shared_b, shared_k, state = module.distinct_states(b, k, 3)
+    assert len(shared_b) == 4 and torch.equal(shared_k[state], k)
+    assert shared_b[state].tolist() == [0, 0, 0, 3, 5, 1]
+
+
+def test_batches_are_even():
+    assert [len(rows) for rows in sampler.even_batches(torch.arange(130), 64)] == [44, 43, 43]
+    assert [len(rows) for rows in sampler.even_batches(torch.arange(128), 64)] == [64, 64]
+    assert sampler.even_batches(torch.zeros(0, 2), 64) == ()
 
 
 # Stepwise-Flow-GRPO

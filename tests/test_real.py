@@ -30,6 +30,7 @@ from transformers import (
     SwinConfig,
 )
 
+import arguments
 import bookkeeping
 import grpo
 import judges
@@ -93,19 +94,19 @@ def test_ocr_rewards_the_full_pipeline(script, full_sd3, tmp_path):
 def test_presets_give_way_to_flags(monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
-        return bookkeeping.parse_args(grpo.Args, None)
+        return arguments.parse_args(grpo.Args, None)
 
     args = parse("--model", "sd3", "--guidance", "7", "--no-gradient-checkpointing")
     assert (args.resolution, args.steps, args.lr, args.clip, args.rank) == (512, 10, 3e-4, 1e-4, 32)
     assert args.guidance == 7 and not args.gradient_checkpointing
     assert parse().resolution == 0
-    assert bookkeeping.preset_of("tiny") == bookkeeping.PRESETS["tiny"] != bookkeeping.preset_of("somewhere/else")
+    assert arguments.preset_of("tiny") == arguments.PRESETS["tiny"] != arguments.preset_of("somewhere/else")
 
 
 def test_help_shows_the_defaults_of_the_model(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", "sd3", "--help"])
     with pytest.raises(SystemExit):
-        bookkeeping.parse_args(grpo.Args, None)
+        arguments.parse_args(grpo.Args, None)
     assert "default: 512" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -202,7 +203,7 @@ def test_processes_share_prompts_equally(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--prompts", "4"])
     with pytest.raises(SystemExit) as stop:
-        bookkeeping.parse_args(grpo.Args, None)
+        arguments.parse_args(grpo.Args, None)
     assert stop.value.code == 2 and "multiple" in capsys.readouterr().err
 
 
@@ -295,7 +296,7 @@ def test_an_error_over_captions_counts_captions():
         ("--resolution -64 --reward jpeg-compressibility", "from 0 up"),
         ("--rank 0", "at least 1"),
         ("--device tpu9", "not available"),
-        ("--output-dir /dev/null/x", "Not a directory"),
+        ("--output-dir /dev/null/x", "cannot be written"),
         ("--steps 0", "at least 1"),
         ("--model huge", "neither tiny"),
         ("--reward beauty", "choose of shapes"),
@@ -547,6 +548,6 @@ def test_pickled_networks_are_refused(tiny_networks):
 
 
 def test_an_out_of_memory_error_names_the_flags(capsys):
-    bookkeeping.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
+    arguments.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
     error = capsys.readouterr().err
     assert "--micro-batch" in error and "--gradient-checkpointing" in error and "Traceback" not in error
