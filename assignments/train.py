@@ -1,0 +1,142 @@
+"""Trains the miniature with your functions in place of the script's own, and draws your curve beside the reference's.
+
+    python assignments/train.py 4                        # part 4: gcpo.py with your functions of parts 1 to 4
+    python assignments/train.py 4 --clip 0.2             # further flags are the script's own
+    python assignments/train.py 4 --functions my.py      # another file than assignments/student.py
+    python assignments/train.py 4 --solution             # the reference solution
+
+Scripts and flags of the parts are in bars.json. Functions of earlier parts that you have not written stay the script's own.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+# What each part puts into its script: functions of earlier parts, and its own
+FUNCTIONS = {
+    2: (["sde_step", "log_prob"], ["group_advantages", "policy_gradient_loss"]),
+    3: (["sde_step", "log_prob", "group_advantages"], ["clipped_loss"]),
+    4: (
+        ["sde_step", "log_prob", "group_advantages", "clipped_loss"],
+        ["fixed_chunks", "chunk_log_ratio", "relative_distance", "adaptive_chunks"],
+    ),
+    5: (["posterior_mean", "sde_step", "log_prob", "clipped_loss"], ["gains", "gain_advantages"]),
+}
+
+
+def fail(message):
+    """Bad input: one sentence on stderr, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("part", type=int, choices=FUNCTIONS)
+    parser.add_argument("--functions", type=Path, default=HERE / "student.py", help="file with your functions")
+    parser.add_argument("--solution", action="store_true", help="train with the reference solution")
+    parser.add_argument("--output-dir", type=Path, help="folder of the run")
+    args, args.flags = parser.parse_known_args()
+    if args.solution:
+        args.functions = HERE / "reference.py"
+    args.output_dir = args.output_dir or Path(f"runs/part_{args.part}__{time.strftime('%Y%m%d-%H%M%S')}")
+    if not args.functions.is_file():
+        fail(f"there is no {args.functions}")
+    return args
+
+
+def written(path, part):
+    """The functions {name: function} of a file that the part puts into its script, as far as they are written."""
+    spec = importlib.util.spec_from_file_location("student", path)
+    student = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(student)
+    except Exception as error:
+        fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
+    earlier, own = FUNCTIONS[part]
+    functions = {name: getattr(student, name, None) for name in earlier + own}
+    is_written = lambda f: callable(f) and "NotImplementedError" not in f.__code__.co_names
+    if missing := [name for name in own if not is_written(functions[name])]:
+        fail(f"part {part} trains with your {', '.join(missing)}, not yet written in {path}")
+    return {name: function for name, function in functions.items() if is_written(function)}
+
+
+def put(functions, script, sampler):
+    """Puts the functions where the module `script` finds them; AttributeError if it has no such place."""
+    places = dict(functions)
+    if "policy_gradient_loss" in places:  # of log p; the script hands over exp(log p - log p_old), which has the same gradient
+        loss = places.pop("policy_gradient_loss")
+        places["clipped_loss"] = lambda ratio, advantages, clip: loss(ratio.log(), advantages)
+    if "posterior_mean" in places:
+        posterior_mean, own = places.pop("posterior_mean"), script.estimate_x0
+
+        def estimate_x0(pipe, x, v, k, sigmas, text, substeps, args):
+            return posterior_mean(v, x, sigmas[k]) if substeps == 1 else own(pipe, x, v, k, sigmas, text, substeps, args)
+
+        places["estimate_x0"] = estimate_x0
+    for name, function in places.items():
+        holder = sampler if name == "sde_step" else script
+        getattr(holder, name)
+        setattr(holder, name, function)
+
+
+def run_script(name, functions, flags):
+    """Runs a script as `python <name>.py <flags>` would, its functions replaced between their definition and its main part."""
+    path = ROOT / f"{name}.py"
+    *definitions, main = ast.parse(path.read_text()).body
+    module = types.ModuleType("__main__")
+    module.__file__, sys.modules["__main__"], sys.argv = str(path), module, [str(path), *flags]
+    exec(compile(ast.Module(definitions, []), path, "exec"), vars(module))
+    put(functions, module, module.sampler)
+    exec(compile(ast.Module([main], []), path, "exec"), vars(module))
+
+
+def reward_curve(folder):
+    """The mean training reward of every iteration of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a slow import, after all checks
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars("charts/reward")]
+
+
+def draw(curve, reference, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(curve) + 1), curve, label="yours")
+    if reference:
+        axes.plot(range(1, len(reference) + 1), reference, "--", label="reference, mean of its seeds")
+    axes.set(xlabel="iteration", ylabel="mean reward of the training images")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    args = parse_args()
+    bar = json.loads((HERE / "bars.json").read_text())[str(args.part)]
+    functions = written(args.functions, args.part)
+    own = [name for names in FUNCTIONS[args.part] for name in names if name not in functions]
+    print(f"from {args.functions}: {', '.join(functions)}; the script's own: {', '.join(own) or 'none'}")
+    run_script(bar["script"], functions, [*bar["flags"], *args.flags, "--output-dir", str(args.output_dir)])
+    score = json.loads((args.output_dir / "result.json").read_text())["final_score"]
+    draw(reward_curve(args.output_dir), bar["curve"], args.output_dir / "curve.png")
+    print(f"Your curve beside the reference's: {args.output_dir / 'curve.png'}")
+    if bar["bar"] is None:
+        print("The bar of this part has not been measured yet.")
+    elif not args.flags:
+        print(f"Held-out score {score:.3f}, the bar is {bar['bar']:.3f}: {'reached' if score >= bar['bar'] else 'not reached'}")
+
+
+if __name__ == "__main__":
+    main()

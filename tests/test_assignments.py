@@ -1,0 +1,398 @@
+"""The course: the reference gets full points, the file as handed out none, every common wrong answer the message that names it,
+and a hostile submission harms nothing but its own points."""
+
+import ast
+import json
+import math
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+COURSE = ROOT / "assignments"
+sys.path += [str(COURSE), str(COURSE / "tests")]
+
+import bugs  # noqa: E402, the course's folders have to be on the path before
+import checks  # noqa: E402
+import reference as r  # noqa: E402
+import run_part  # noqa: E402
+import sampler  # noqa: E402
+import train  # noqa: E402
+
+
+def messages(part, **replaced):
+    """What the tests of a part say of the reference with some of its functions or answers replaced."""
+    answers = r.ANSWERS | {name: replaced.pop(name) for name in list(replaced) if name in r.ANSWERS}
+    submission = SimpleNamespace(**{**vars(r), **replaced, "ANSWERS": answers})
+    return [run_part.run_test(test, submission) for test in run_part.tests_of(part)]
+
+
+@pytest.mark.parametrize("part", range(1, 7))
+def test_the_reference_passes_every_test(part):
+    assert not any(messages(part))
+
+
+def test_the_course_has_a_hundred_points():
+    assert sum(test.points for part in range(1, 7) for test in run_part.tests_of(part)) == 100
+
+
+def grade(folder, *arguments):
+    """Output of the grader, run in a folder, and its grade.json."""
+    command = [sys.executable, COURSE / "grade.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+    assert not done.returncode and not done.stderr, done.stderr
+    return done.stdout, json.loads((folder / "grade.json").read_text())
+
+
+def test_the_file_as_handed_out_gets_no_points_and_is_told_what_to_write(tmp_path):
+    printed, (result,) = grade(tmp_path)
+    assert result["points"] == 0 and result["of"] == 100
+    tree = ast.parse((COURSE / "student.py").read_text())
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        assert f"write {function.name}," in printed
+    said = [test["message"] for part in result["parts"].values() for test in part["tests"]]
+    assert all(message.startswith(("part ", "answer ANSWERS")) for message in said)
+
+
+def test_the_reference_is_graded_in_processes_of_its_own(tmp_path):
+    assert grade(tmp_path, "--solution", "--only", "4")[1][0]["points"] == 17
+
+
+# Wrong answers: part, what replaces the reference's, what the message must say
+
+
+def on(sigma, x):
+    return sigma.view(-1, *[1] * (x.ndim - 1))
+
+
+def step(mean=lambda mean, std, v, x, dt: mean, std=lambda std, sigma, sigma_next: std):
+    """sde_step with another mean or std."""
+
+    def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
+        m, s = r.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
+        sigma, sigma_next = on(sigma, x), on(sigma_next, x)
+        return mean(m, s, v, x, sigma_next - sigma), std(s, sigma, sigma_next)
+
+    return sde_step
+
+
+def density(z_scale=1.0, constant=1.0, log_scale=1.0, square=0.5, over=lambda t: t.flatten(1).mean(1)):
+    """log_prob with parts of it changed."""
+
+    def log_prob(x, mean, std):
+        z = (x - mean) / std**z_scale
+        return over(-square * z * z - constant * math.log(2 * math.pi) / 2 - log_scale * std.log())
+
+    return log_prob
+
+
+def own_std(groups, of_all):
+    return (groups.std(1, keepdim=True) if of_all is None else of_all) + 1e-4
+
+
+def advantages(mean=lambda g: g.mean(1, keepdim=True), std=own_std, limit=5, spread=True, sign=1):
+    """group_advantages with parts of it changed."""
+
+    def group_advantages(rewards, group_size, global_std=False):
+        groups = rewards.view(-1, group_size)
+        result = sign * (groups - mean(groups)) / std(groups, groups.std() if global_std else None)
+        if spread:
+            result = result * (groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True))
+        return result.clamp(-limit, limit).flatten()
+
+    return group_advantages
+
+
+def normalized(over=None, centre=True, limit=5, joint=(1, 2)):
+    """gain_advantages with parts of it changed."""
+
+    def gain_advantages(gains, group_size, normalize="joint"):
+        groups = gains.view(-1, group_size, gains.shape[1])
+        dims = over or {"joint": joint, "step": (1,)}[normalize]
+        mean = groups.mean(dims, keepdim=True) if centre else 0
+        return ((groups - mean) / (groups.std(dims, keepdim=True) + 1e-4)).clamp(-limit, limit).flatten(0, 1)
+
+    return gain_advantages
+
+
+def image_major(rewards, group_size, global_std=False):
+    groups = rewards.view(group_size, -1)
+    return ((groups - groups.mean(0)) / (groups.std(0) + 1e-4)).clamp(-5, 5).flatten()
+
+
+def chunk(reduce):
+    return lambda new, old, sizes: torch.stack([reduce(part) for part in (new - old).split(sizes, -1)], -1)
+
+
+def distance(of):
+    """relative_distance with other norms in l1 and l2."""
+
+    def relative_distance(trajectory, distance="l1"):
+        if distance == "cosine":
+            return r.relative_distance(trajectory, distance)
+        x, x_next = trajectory[:, :-1].flatten(2), trajectory[:, 1:].flatten(2)
+        return of(x, x_next, lambda t: t.norm({"l1": 1, "l2": 2}[distance], dim=-1))
+
+    return relative_distance
+
+
+def adaptive(shift=0, halve=lambda size: [size // 2], recurse=True):
+    """adaptive_chunks with parts of it changed."""
+
+    def adaptive_chunks(curve, min_chunk=4):
+        def split(segment, order):
+            if len(segment) <= min_chunk:
+                return [len(segment)]
+            signs = np.sign(np.diff(segment, order if recurse is not None else 1))
+            turns = [k + 1 + shift for k in range(len(signs) - 1) if signs[k] != signs[k + 1]]
+            parts = [part for part in np.split(segment, turns or halve(len(segment))) if len(part)]
+            return [size for part in parts for size in (split(part, order + 1) if recurse else [len(part)])]
+
+        return split(np.asarray(curve, float), 1)
+
+    return adaptive_chunks
+
+
+def value(first=lambda k: k, last=0, copies=lambda x, m: x.repeat_interleave(m, 0), draws=None):
+    """value_of_state with parts of it changed."""
+
+    def value_of_state(x, k, num_steps, transition, reward, continuations):
+        many = copies(x, draws or continuations)
+        for step in range(first(k), num_steps - last):
+            many = transition(many, step)
+        return reward(many).view(len(x), -1).mean(1)
+
+    return value_of_state
+
+
+def clipped(low, high, take=torch.maximum):
+    return lambda ratio, A, clip: take(-A * ratio, -A * ratio.clamp(low(clip), high(clip)))
+
+
+below, above = lambda clip: 1 - clip, lambda clip: 1 + clip
+
+WRONG = [
+    (1, dict(posterior_mean=lambda v, x, sigma: x + on(sigma, x) * v), "go against it"),
+    (1, dict(posterior_mean=lambda v, x, sigma: x + (1 - on(sigma, x)) * v), "noise at the other end"),
+    (1, dict(posterior_mean=lambda v, x, sigma: x - v), "only sigma of the path is left"),
+    (1, dict(posterior_mean=lambda v, x, sigma: x.sub_(on(sigma, x) * v)), "in place"),
+    (1, dict(sde_step=lambda v, *rest: r.sde_step(-v, *rest)), "wrong sign of dt"),
+    (1, dict(sde_step=step(std=lambda std, *_: std**2)), "std of flow looks like the variance"),
+    (1, dict(sde_step=step(std=lambda std, s, n: std * (s - n).sqrt())), "without the square root of -dt"),
+    (1, dict(sde_step=step(std=lambda std, s, n: std * s / n)), "sigma in place of sigma_next"),
+    (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: x + v * dt)), "the ODE's step"),
+    (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: x + v * dt)), "full sigma_next of old noise is kept"),
+    (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: 2 * (x + v * dt) - m)), "drift has the wrong sign"),
+    (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: 2 * m - (x + v * dt))), "factor 1/2 is missing"),
+    (1, dict(sde_step=lambda v, x, s, n, _, *rest: r.sde_step(v, x, s, n, 1.0, *rest)), "use sigma_max in 1 - s there"),
+    (1, dict(sde_step=lambda v, x, *rest: tuple(t.to(x.dtype) for t in r.sde_step(v, x, *rest))), "computes in bfloat16"),
+    (1, dict(log_prob=density(over=lambda t: t.flatten(1).sum(1))), "sum over the dimensions: take the mean"),
+    (1, dict(log_prob=density(over=torch.mean)), "one number for the whole batch"),
+    (1, dict(log_prob=density(z_scale=0.5, log_scale=0.5)), "std was taken for the variance"),
+    (1, dict(log_prob=density(log_scale=0)), "log std is missing"),
+    (1, dict(log_prob=density(constant=0)), "log(2 pi) / 2 is missing"),
+    (1, dict(log_prob=density(square=1)), "factor 1/2 before the square is missing"),
+    (1, dict(log_prob=lambda *args: r.log_prob(*args).detach()), "no gradient flows"),
+    (1, dict(log_prob=lambda *args: r.log_prob(*args).float().to(torch.float32)), "keep the dtype"),
+    (1, dict(log_prob=lambda *args: r.log_prob(*args) + torch.zeros(len(args[0]), dtype=args[0].dtype)), "without device="),
+    (1, dict(expected_log_prob="-log(2*pi)/2 - log(std)"), "the density at the mean"),
+    (1, dict(expected_log_prob="__import__('os').system('true')"), "cannot be evaluated"),
+    (2, dict(group_advantages=advantages(mean=torch.mean)), "the mean is that of all images"),
+    (2, dict(group_advantages=advantages(std=lambda g, _: g.std() + 1e-4)), "the std is that of all images"),
+    (2, dict(group_advantages=advantages(std=lambda g, _: g.var(1, keepdim=True) + 1e-4)), "variance in place of the std"),
+    (2, dict(group_advantages=advantages(std=lambda g, _: g.std(1, keepdim=True, correction=0) + 1e-4)), "divides by n - 1"),
+    (2, dict(group_advantages=advantages(mean=lambda g: 0)), "not centred"),
+    (2, dict(group_advantages=advantages(std=lambda g, _: 1)), "not divided by the std"),
+    (2, dict(group_advantages=image_major), "rows of a group were taken apart"),
+    (2, dict(group_advantages=advantages(sign=-1)), "a better image has a larger advantage"),
+    (2, dict(group_advantages=lambda rewards, size, _=False: r.group_advantages(rewards, size)), "the std is still the group's"),
+    (2, dict(group_advantages=advantages(std=lambda g, _: g.std(1, keepdim=True), spread=False)), "gives NaN"),
+    (2, dict(group_advantages=advantages(spread=False)), "not get exactly 0"),
+    (2, dict(group_advantages=advantages(limit=99)), "not clamped"),
+    (2, dict(group_advantages=advantages(std=lambda g, all: g.std(1, keepdim=True) if all is None else all)), "1e-4 is not added"),
+    (2, dict(policy_gradient_loss=lambda log_p, A: A * log_p), "an optimizer minimizes"),
+    (2, dict(policy_gradient_loss=lambda log_p, A: A * log_p), "runs away from the rewarded point"),
+    (2, dict(policy_gradient_loss=lambda log_p, A: (-A * log_p).mean()), "give one loss for each"),
+    (2, dict(policy_gradient_loss=lambda log_p, A: -log_p + 0 * A), "the advantage is missing"),
+    (2, dict(own_mean_factor="G / (G - 1)"), "the inverse"),
+    (3, dict(ratio=lambda new, old: (old - new).exp()), "old over new"),
+    (3, dict(ratio=lambda new, old: new - old), "exp is missing"),
+    (3, dict(ratio=lambda new, old: new / old), "quotient of the log-probabilities"),
+    (3, dict(clipped_loss=clipped(below, lambda clip: math.inf)), "on one side only: ratios above"),
+    (3, dict(clipped_loss=clipped(lambda clip: 0, above)), "on one side only: ratios below"),
+    (3, dict(clipped_loss=clipped(below, above, torch.minimum)), "the smaller of the two losses"),
+    (3, dict(clipped_loss=clipped(below, above, lambda free, clipped: clipped)), "always clipped"),
+    (3, dict(clipped_loss=clipped(lambda clip: -clip, lambda clip: clip)), "±clip instead of 1 ± clip"),
+    (3, dict(clipped_loss=lambda *args: -r.clipped_loss(*args)), "an optimizer minimizes the loss"),
+    (3, dict(clipped_loss=lambda ratio, A, clip: -A * ratio), "never clipped"),
+    (3, dict(stopped_fraction=lambda ratio, A, clip: ((ratio - 1).abs() > clip).to(A.dtype).mean()), "still have a gradient"),
+    (3, dict(log_ratio_std="d"), "varies less"),
+    (3, dict(bug_1_line="loss.backward()"), "bug 1 is not in this line"),
+    (3, dict(bug_2_symptom="b"), "its symptom is not 'b'"),
+    (4, dict(fixed_chunks=lambda steps, size: [size] * (steps // size)), "the remainder is dropped"),
+    (4, dict(fixed_chunks=lambda steps, size: r.fixed_chunks(steps, size)[::-1]), "the remainder comes last"),
+    (4, dict(chunk_log_ratio=chunk(lambda part: part.exp().mean(-1).log())), "log of the mean of the ratios"),
+    (4, dict(chunk_log_ratio=chunk(lambda part: part.sum(-1))), "exponent 1 / chunk size is missing"),
+    (4, dict(chunk_log_ratio=chunk(lambda part: part.mean(-1).exp())), "the ratio, not its log"),
+    (4, dict(relative_distance=distance(lambda x, y, norm: norm(y - x) / norm(y))), "it is x_k's"),
+    (4, dict(relative_distance=distance(lambda x, y, norm: norm(y - x))), "not divided by the norm"),
+    (4, dict(relative_distance=distance(lambda x, y, norm: (norm(x) - norm(y)).abs() / norm(x))), "difference of the norms"),
+    (4, dict(adaptive_chunks=adaptive(shift=1)), "one step late"),
+    (4, dict(adaptive_chunks=adaptive(recurse=False)), "longer than min_chunk"),
+    (4, dict(adaptive_chunks=adaptive(halve=lambda size: [1])), "not two halves"),
+    (4, dict(step_weight="1/S"), "GRPO's weight"),
+    (4, dict(step_weight="c/K"), "multiplied by c"),
+    (5, dict(gains=lambda rewards: -r.gains(rewards)), "a step that raises the reward gains"),
+    (5, dict(gains=lambda rewards: r.gains(rewards).roll(1, 1)), "shifted by one step"),
+    (5, dict(gains=lambda rewards: rewards[:, 1:] - rewards[:, :1]), "the gain since the start"),
+    (5, dict(gains=lambda rewards: rewards[:, -1:] - rewards[:, :-1]), "the gain still to come"),
+    (5, dict(gain_advantages=normalized(joint=(1,))), "per step, not jointly"),
+    (5, dict(gain_advantages=normalized(joint=(2,))), "images are no longer compared"),
+    (5, dict(gain_advantages=normalized(joint=(0, 1, 2))), "those of all images"),
+    (5, dict(gain_advantages=normalized(centre=False)), "gains are not centred"),
+    (5, dict(gain_advantages=normalized(over=(1, 2))), "the joint normalization: mean and std are per step here"),
+    (5, dict(gain_advantages=normalized(limit=99)), "clamped to ±5"),
+    (5, dict(gain_advantages=normalized()), "not give exactly 0"),
+    (5, dict(mean_gain="R_S - R_0"), "there are S steps"),
+    (6, dict(value_of_state=value(first=lambda k: 0)), "starts again at step 0"),
+    (6, dict(value_of_state=value(first=lambda k: k + 1)), "leaves out step"),
+    (6, dict(value_of_state=value(last=1)), "leaves out the last step"),
+    (6, dict(value_of_state=value(draws=1)), "too noisy"),
+    (6, dict(value_of_state=value(copies=lambda x, m: x.repeat(m, 1))), "mixes the states"),
+    (6, dict(true_advantages=lambda values: values[:, -1:] - values[:, :-1]), "all that is still to come"),
+    (6, dict(variance_shares=lambda a, b: (a**2).mean(0) / (a**2).mean(0).sum()), "squares of noisy estimates"),
+    (6, dict(variance_shares=lambda a, b: (a * b / (a * b).sum(1, keepdim=True)).mean(0)), "divide the means"),
+    (6, dict(sign_agreement=lambda a, b: (a * b > 0).to(a.dtype).mean()), "counted as disagreement"),
+    (6, dict(sign_agreement=lambda a, b: (a * b).sign().sum() / (a * b != 0).sum()), "mean of products"),
+    (6, dict(uniform_gradient_variance="3*a**2 + b**2"), "subtract the square of the mean"),
+    (6, dict(share_of_step_0="(a**2 + b**2)/(a**2 + b**2 + c**2)"), "is step 1's"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:std")  # of one value, which one of the wrong answers takes
+@pytest.mark.parametrize("part, replaced, said", WRONG, ids=[f"{part}-{said}" for part, _, said in WRONG])
+def test_a_wrong_answer_is_named(part, replaced, said):
+    assert any(said in message for message in messages(part, **replaced)), messages(part, **replaced)
+
+
+FORMULAS = ["9**9**9**9**9", "(" * 90 + "a", "a.__class__", "[a for a in 'b']", "open('x')", "1e400*0", "a" * 300, "a b"]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_formula_is_never_run_as_code(text):
+    with pytest.raises(AssertionError, match="cannot be evaluated|is not the answer"):
+        checks.formula(SimpleNamespace(ANSWERS={"x": text}), "x", lambda a: a, a=(1, 2))
+
+
+# Hostile submissions
+
+HOSTILE = {
+    "loop": ("while True: pass", "endless loop"),
+    "exit": ("import os; os._exit(0)", "os._exit"),
+    "crash": ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+    "flood": ("while True: print('x' * 2**20)", "printed"),
+    "writes": ("open('{root}/grpo.py', 'a').write('#')", "may write only in its own folder"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_submission_loses_its_own_points_alone(kind, tmp_path):
+    attack, said = HOSTILE[kind]
+    before = {path: path.read_bytes() for path in [*ROOT.glob("*.py"), *COURSE.rglob("*.py")]}
+    good = "def ratio(new, old):\n    return (new - old).exp()\n\ndef gains(rewards):\n    return rewards.diff(dim=1)\n"
+    source = f"import torch\nANSWERS = {{}}\n\n{good}\ndef clipped_loss(ratio, advantages, clip):\n    {attack}\n"
+    (tmp_path / "submission.py").write_text(source.replace("{root}", str(ROOT)))
+    printed, (result,) = grade(tmp_path, "submission.py", "--only", 3, "--only", 5, "--limit", 5)
+    assert said in printed and result["parts"]["5"]["points"] == 4
+    assert result["parts"]["3"]["points"] == (2 if kind == "writes" else 0)
+    assert before == {path: path.read_bytes() for path in before}
+    assert {path.name for path in tmp_path.iterdir()} == {"submission.py", "grade.json"}
+
+
+def test_a_folder_of_submissions_becomes_a_table(tmp_path):
+    folder = tmp_path / "submissions"
+    folder.mkdir()
+    (folder / "ada.py").write_text("def gains(rewards):\n    return rewards.diff(dim=1)\n")
+    (folder / "bob.py").write_text("this is no Python\n")
+    grade(tmp_path, folder, "--only", 5, "--csv", "grades.csv")
+    assert (tmp_path / "grades.csv").read_text().split() == ["submission,part", "5,points,of", "ada.py,4,4,15", "bob.py,0,0,15"]
+
+
+@pytest.mark.parametrize("arguments", [["nowhere.py"], ["--only", "7"], ["--limit", "0"], ["--csv", "no/where.csv"]])
+def test_bad_input_is_answered_with_exit_code_2(arguments, tmp_path):
+    command = [sys.executable, COURSE / "grade.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
+
+
+# Training and bugs
+
+SMALL = "--iterations 1 --prompts 2 --group-size 4 --steps 5 --eval-images 6 --eval-steps 1 --dtype float32 --device cpu".split()
+
+
+@pytest.fixture
+def main_restored(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.mark.parametrize("part", train.FUNCTIONS)
+def test_the_functions_given_are_the_ones_that_train(part, tmp_path, monkeypatch, main_restored):
+    monkeypatch.setattr(sampler, "sde_step", sampler.sde_step)
+    called = set()
+
+    def spy(name, function):
+        return lambda *args, **kwargs: called.add(name) or function(*args, **kwargs)
+
+    bar = json.loads((COURSE / "bars.json").read_text())[str(part)]
+    functions = {name: spy(name, f) for name, f in train.written(COURSE / "reference.py", part).items()}
+    train.run_script(bar["script"], functions, [*bar["flags"], *SMALL, "--output-dir", str(tmp_path / "run")])
+    assert called == {*functions} - {"fixed_chunks"}  # the default chunks are adaptive
+    train.draw(train.reward_curve(tmp_path / "run"), [0.5], tmp_path / "curve.png")
+
+
+def test_functions_that_are_not_written_are_named(capsys):
+    with pytest.raises(SystemExit) as error:
+        train.written(COURSE / "student.py", 3)
+    assert error.value.code == 2 and "clipped_loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", bugs.BUGS)
+def test_every_bug_runs_and_changes_what_is_trained(number, tmp_path, main_restored):
+    weights = []
+    source = (ROOT / "grpo.py").read_text()
+    for name, text in (("grpo", source), ("bug", bugs.apply(bugs.BUGS[number], source))):
+        (tmp_path / f"{name}.py").write_text(text)
+        flags = ["--iterations", "2", "--no-compile", "--output-dir", str(tmp_path / name)]
+        sys.argv = [str(tmp_path / f"{name}.py"), *SMALL, *flags]
+        runpy.run_path(str(tmp_path / f"{name}.py"), run_name="__main__")
+        weights.append((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+
+
+def test_a_bug_whose_line_is_gone_says_so():
+    with pytest.raises(ValueError, match="choose another line"):
+        bugs.apply(bugs.BUGS[1], "no such line")
+
+
+def test_the_training_bar_is_graded_in_a_copy(tmp_path):
+    for part in ("*.py", "*/*.py", "judges/*.txt", "assignments/*.json"):
+        for path in ROOT.glob(part):
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    shutil.copytree(COURSE / "tests", tmp_path / "assignments/tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "miniature", tmp_path / "miniature", dirs_exist_ok=True)
+    bars = json.loads((COURSE / "bars.json").read_text())
+    bars["5"] |= dict(bar=2.0, flags=[*bars["5"]["flags"], *SMALL, "--output-dir", "elsewhere"])
+    (tmp_path / "assignments/bars.json").write_text(json.dumps(bars))
+    command = [sys.executable, tmp_path / "assignments/grade.py", "--solution", "--train", "--only", "5"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400).stdout
+    assert "0/5 Training bar: held-out score of 2.000 or more" in printed and "the held-out score is 0." in printed
+    assert not (tmp_path / "run").exists() and not (tmp_path / "elsewhere").exists()
