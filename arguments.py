@@ -20,7 +20,7 @@ import sampler
 PRESETS = {
     "tiny": {},
     "other": dict(
-        reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, eta=0.7, sde="flow", guidance=4.5, lr=3e-4,
+        reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, ode_steps=1, eta=0.7, sde="flow", guidance=4.5, lr=3e-4,
         anneal_lr=False, clip=1e-4, beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40, eval_images=64,
         gradient_checkpointing=True,
     ),
@@ -97,8 +97,8 @@ def check(args):
     check_model_and_reward(args)
     if args.group_size < 2:
         fail(f"--group-size {args.group_size} leaves nothing to compare within a group; it must be at least 2")
-    if args.steps < 2:
-        fail(f"--steps {args.steps} leaves no step to train, since the last one is deterministic; it must be at least 2")
+    if not 1 <= args.ode_steps < args.steps:
+        fail(f"--ode-steps {args.ode_steps} must be at least 1, as the last step has no noise, and less than --steps {args.steps}")
     counts = "iterations prompts updates micro_batch rank text_length eval_every eval_images eval_steps save_every"
     for name in f"{counts} chunk_size min_chunk substeps".split():
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
@@ -109,13 +109,13 @@ def check(args):
     for name in ("step_fraction", "chunk_fraction"):
         if not 0 < getattr(args, name, 1.0) <= 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0 and at most 1")
-    S, chunk_size, chunks = args.steps - 1, getattr(args, "chunk_size", None), getattr(args, "chunks", None)
+    S, chunk_size, chunks = args.steps - args.ode_steps, getattr(args, "chunk_size", None), getattr(args, "chunks", None)
     if chunk_size and chunks:
         fail("--chunk-size and --chunks exclude each other; give one, or neither for adaptive chunks")
     if chunk_size and chunk_size > S:
-        fail(f"--chunk-size {chunk_size} must be from 1 to S = {S}, one less than --steps")
+        fail(f"--chunk-size {chunk_size} must be from 1 to S = {S}, which is --steps less --ode-steps")
     if chunks and (sum(chunks) != S or min(chunks) < 1):
-        fail(f"--chunks {' '.join(map(str, chunks))} must be positive and sum to S = {S}, one less than --steps")
+        fail(f"--chunks {' '.join(map(str, chunks))} must be positive and sum to S = {S}, which is --steps less --ode-steps")
     limit = 1.0 if args.sde in ("cps", "ddim") else math.inf
     if not 0 < args.eta <= limit:
         fail(f"--eta {args.eta} must be above 0{' and at most 1' if limit == 1 else ''} for --sde {args.sde}")

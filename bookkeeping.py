@@ -250,7 +250,7 @@ class Run:
         if args.resume:
             compiled = json.loads((self.folder / "args.json").read_text()).get("compiled_blocks", False)
         else:
-            latents = args.iterations * args.prompts * args.group_size * (2 * args.steps - 1) // self.world
+            latents = args.iterations * args.prompts * args.group_size * (2 * args.steps - args.ode_steps) // self.world
             tokens = math.prod(sampler.latent_shape(self.pipe, args.resolution)[1:]) // config.patch_size**2
             work = latents * tokens * sum(p.numel() for p in self.pipe.transformer.parameters())
             compiled = work >= WORTH_COMPILING["cpu" if args.device == "cpu" else "cuda"]

@@ -4,7 +4,7 @@
     python gcpo.py --model sd3 --chunk-size 4 --reward jpeg-compressibility
     torchrun --nproc-per-node 8 gcpo.py --model sd3 --prompts 48 --group-size 24
 
-Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
+Sampling turns the flow's ODE into an SDE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
@@ -48,7 +48,9 @@ class Args:
     group_size: int = 16
     """G: images a prompt, from the same initial noise"""
     steps: int = 6
-    """T: denoising steps; all but the last are stochastic and trainable"""
+    """T: denoising steps"""
+    ode_steps: int = 3
+    """of them the last so many follow the ODE; the S before are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
@@ -70,7 +72,7 @@ class Args:
     chunk_size: int | None = None
     """chunks of this many steps, the remainder last; without it and --chunks the chunks are adaptive"""
     chunks: tuple[int, ...] | None = None
-    """explicit chunk sizes, such as 2 3; they must sum to the stochastic steps S = T - 1"""
+    """explicit chunk sizes, such as 2 3; they must sum to the stochastic steps S"""
     min_chunk: int = 4
     """adaptive chunks no longer than this are not split further"""
     distance: Literal["l1", "l2", "cosine"] = "l1"
@@ -232,7 +234,7 @@ if __name__ == "__main__":
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
     rank, world = run.rank, run.world
-    S, G, P = args.steps - 1, args.group_size, args.prompts // world
+    S, G, P = args.steps - args.ode_steps, args.group_size, args.prompts // world
     B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
     mine = range(rank * B, (rank + 1) * B)
     group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
@@ -247,9 +249,8 @@ if __name__ == "__main__":
     shape = sampler.latent_shape(pipe, args.resolution)
 
     # What a rollout fills, made once: two iterations' are never held at a time
-    trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+    trajectory = torch.empty(B, args.steps + 1, *shape, device=args.device)  # x_0 ... x_T
     log_prob_old = torch.empty(B, S, device=args.device)
-    final = torch.empty(B, *shape, device=args.device)  # x_T
 
     def velocity(b, k):
         """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,)."""
@@ -263,18 +264,18 @@ if __name__ == "__main__":
         prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
         text = sampler.encode(pipe, prompts, args)
 
-        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
+        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
         noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
         with torch.no_grad():
             for rows in sampler.even_batches(torch.arange(B, device=args.device), args.micro_batch):
-                for k in range(S + 1):
+                for k in range(args.steps):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
                     v = velocity(rows, torch.full_like(rows, k))
-                    if k == S:
-                        final[rows] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
-                        break
+                    if k >= S:
+                        trajectory[rows, k + 1] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
+                        continue
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
@@ -284,7 +285,7 @@ if __name__ == "__main__":
         run.lap("sample")
 
         # Reward and advantage; trajectories of groups without spread are not kept
-        images = sampler.decode(pipe, final)
+        images = sampler.decode(pipe, trajectory[:, -1])
         run.lap("decode")
         prompt_of = [prompts[p] for p in group.tolist()]
         scores = bookkeeping.gather(reward_function.score(images, prompt_of).to(args.device))
@@ -293,7 +294,7 @@ if __name__ == "__main__":
         advantages = advantages[mine.start : mine.stop]
         run.lap("reward")
 
-        curves = bookkeeping.gather(relative_distance(trajectory, args.distance)).double().cpu().numpy()
+        curves = bookkeeping.gather(relative_distance(trajectory[:, : S + 1], args.distance)).double().cpu().numpy()
         fixed = list(args.chunks or ()) or (args.chunk_size and fixed_chunks(S, args.chunk_size))
         plans = [fixed or adaptive_chunks(curve, args.min_chunk) for curve in curves]  # of every trajectory
         step_weights = np.zeros(S)  # of a step in the loss, over its weight in GRPO's

@@ -217,7 +217,7 @@ def group_noise(args, iteration, group, shape):
     seed = np.random.SeedSequence((args.seed, iteration, group)).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed >> 1))
     start = torch.randn(shape, generator=generator)
-    return start, torch.randn(args.group_size, args.steps - 1, *shape, generator=generator)
+    return start, torch.randn(args.group_size, args.steps - args.ode_steps, *shape, generator=generator)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
     python stepwise_grpo.py --model sd3 --reward jpeg-compressibility
     torchrun --nproc-per-node 8 stepwise_grpo.py --model sd3 --prompts 48 --group-size 24
 
-Sampling turns the flow's ODE into an SDE: step k < S = T - 1 draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
+Sampling turns the flow's ODE into an SDE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
@@ -44,7 +44,9 @@ class Args:
     group_size: int = 16
     """G: images a prompt, from the same initial noise"""
     steps: int = 6
-    """T: denoising steps; all but the last are stochastic and trainable"""
+    """T: denoising steps"""
+    ode_steps: int = 3
+    """of them the last so many follow the ODE; the S before are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "ddim"
@@ -178,7 +180,7 @@ if __name__ == "__main__":
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
     rank, world = run.rank, run.world
-    S, G, P = args.steps - 1, args.group_size, args.prompts // world
+    S, G, P = args.steps - args.ode_steps, args.group_size, args.prompts // world
     B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
     mine = range(rank * B, (rank + 1) * B)
     group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
@@ -193,9 +195,9 @@ if __name__ == "__main__":
     shape = sampler.latent_shape(pipe, args.resolution)
 
     # What a rollout fills, made once: two iterations' are never held at a time
-    trajectory = torch.empty(B, S + 1, *shape, device=args.device)  # x_0 ... x_S
+    trajectory = torch.empty(B, args.steps + 1, *shape, device=args.device)  # x_0 ... x_T
     log_prob_old = torch.empty(B, S, device=args.device)
-    velocities = torch.empty_like(trajectory)
+    velocities = torch.empty(B, S, *shape, device=args.device)
 
     def velocity(b, k):
         """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,)."""
@@ -209,18 +211,19 @@ if __name__ == "__main__":
         prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
         text = sampler.encode(pipe, prompts, args)
 
-        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the last step follows the ODE
+        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
         noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
         trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
         noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
         with torch.no_grad():
             for rows in sampler.even_batches(torch.arange(B, device=args.device), args.micro_batch):
-                for k in range(S + 1):
+                for k in range(args.steps):
                     x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
                     v = velocity(rows, torch.full_like(rows, k))
+                    if k >= S:
+                        trajectory[rows, k + 1] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
+                        continue
                     velocities[rows, k] = v
-                    if k == S:
-                        break
                     mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
                     x_next = mean + std * noise[rows, k]
                     trajectory[rows, k + 1] = x_next
@@ -237,7 +240,10 @@ if __name__ == "__main__":
         prompt_of = [prompts[p] for p in group.tolist()]
         state_rewards, estimates = torch.empty(B, S + 1), {}
         for b, k in (rows.T for rows in sampler.even_batches(states, args.micro_batch)):
-            x0_hat = estimate_x0(pipe, trajectory[b, k], velocities[b, k], k, sigmas, text.rows(group[b]), args.substeps, args)
+            x0_hat, early = trajectory[b, -1], k < S  # from x_S on there is only the ODE, so there it is the image itself
+            at = b[early], k[early]
+            now = text.rows(group[at[0]])
+            x0_hat[early] = estimate_x0(pipe, trajectory[at], velocities[at], at[1], sigmas, now, args.substeps, args)
             images = sampler.decode(pipe, x0_hat)
             state_rewards[b.cpu(), k.cpu()] = reward_function.score(images, [prompt_of[i] for i in b.tolist()])
             estimates.update({j: image for i, j, image in zip(b.tolist(), k.tolist(), images) if i == 0})

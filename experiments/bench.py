@@ -140,7 +140,7 @@ def script_args(script, args):
 
 def bare_calls(parsed, pipe):
     """(sampling, training): functions that make an iteration's transformer calls and nothing else, for every state one row."""
-    B, S = parsed.prompts * parsed.group_size, parsed.steps - 1
+    B, S = parsed.prompts * parsed.group_size, parsed.steps - parsed.ode_steps
     text = sampler.encode(pipe, ["two red circles"], parsed)
     sizes = lambda n: [len(rows) for rows in sampler.even_batches(torch.arange(n), parsed.micro_batch)]
     shape = sampler.latent_shape(pipe, parsed.resolution)
@@ -154,7 +154,7 @@ def bare_calls(parsed, pipe):
     @torch.no_grad()
     def sampling():
         for n in sizes(B):
-            for _ in range(S + 1):
+            for _ in range(parsed.steps):
                 call(n)
 
     def training():
@@ -261,7 +261,7 @@ if __name__ == "__main__":
     print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{workspace.name}/cache"  # empty: the first compiled run starts cold
     images, at_all = parsed.prompts * parsed.group_size, bookkeeping.has_compiler(parsed.device) and parsed.compile
-    S = parsed.steps - 1
+    S = parsed.steps - parsed.ode_steps
 
     runs, iteration, start = {}, {}, {}
     for script, compiled in [(script, compiled) for compiled in (False, True)[: 1 + at_all] for script in SCRIPTS]:
@@ -283,9 +283,8 @@ if __name__ == "__main__":
         if both:
             sampled, train = np.median(latents, axis=0)
             full = images * S * np.median(trained) * getattr(parsed, "step_fraction", 1.0)
-            print(
-                f"      latents through the transformer: {sampled:.0f} of {images * (S + 1)}, in training {train:.0f} of {full:.0f}"
-            )
+            print(f"      latents through the transformer: {sampled:.0f} of {images * parsed.steps}, in training", end=" ")
+            print(f"{train:.0f} of {full:.0f}")
     if at_all:
         functions = kernel_functions(parsed.device)
         seconds = medians(functions, 20)

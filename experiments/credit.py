@@ -3,8 +3,8 @@
     python -m experiments.credit                             # the miniature, under five minutes on two CPU cores
     python -m experiments.credit --lora runs/grpo__... --sde ddim --output-dir runs/credit-ddim
 
-The value of a state is V(x_k) = E[R | x_k], what the policy goes on to earn from it; V(x_S) = R, since the last step is
-deterministic. The true advantage of step k is delta_k = V(x_{k+1}) - V(x_k). Its mean given x_k is 0, so that
+The value of a state is V(x_k) = E[R | x_k], what the policy goes on to earn from it; V(x_S) = R, since the steps from there
+on are deterministic. The true advantage of step k is delta_k = V(x_{k+1}) - V(x_k). Its mean given x_k is 0, so that
 
     sum_k delta_k = R - V(x_0)       Var(R | x_0) = sum_k E[delta_k²]       corr(R, delta_k) = sqrt(share_k of that variance)
 
@@ -57,7 +57,9 @@ class Args:
     continuations: int = 8
     """M: ends drawn from every state to estimate its value, an even number"""
     steps: int = 6
-    """T: denoising steps; all but the last are stochastic and trainable"""
+    """T: denoising steps"""
+    ode_steps: int = 1
+    """of them the last so many follow the ODE; the S before are stochastic. 1 asks of all that could be trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
@@ -133,8 +135,10 @@ def parse_args():
     args = tyro.cli(
         Args, description=__doc__, default=Args(**{k: preset[k] for k in Args.__dataclass_fields__ if k in preset and k not in own})
     )
-    if min(args.rank, args.text_length, args.micro_batch, *args.substeps) < 1 or args.steps < 3 or args.group_size < 2:
-        arguments.fail("--steps must be at least 3, --group-size 2, and --substeps, --rank, --text-length and --micro-batch 1")
+    if min(args.rank, args.text_length, args.micro_batch, args.ode_steps, *args.substeps) < 1 or args.group_size < 2:
+        arguments.fail("--group-size must be at least 2, and --ode-steps, --substeps, --rank, --text-length and --micro-batch 1")
+    if args.steps - args.ode_steps < 2:
+        arguments.fail(f"--steps {args.steps} must be at least 2 more than --ode-steps {args.ode_steps}: credit is shared by steps")
     if args.images % args.group_size or args.images < 4 * args.group_size:
         arguments.fail(f"--images {args.images} must be a multiple of --group-size {args.group_size}, at least 4 times that")
     if args.continuations < 2 or args.continuations % 2:
@@ -161,7 +165,7 @@ if __name__ == "__main__":
             bookkeeping.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
         except Exception as error:
             arguments.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
-    B, G, S = args.images, args.group_size, args.steps - 1
+    B, G, S = args.images, args.group_size, args.steps - args.ode_steps
     P, generator = B // G, torch.Generator().manual_seed(args.seed)
     score = rewards.build(args.reward).score
     prompts = rewards.sample_prompts(rewards.prompt_set(args)[0], P, np.random.default_rng(args.seed))
@@ -174,7 +178,7 @@ if __name__ == "__main__":
         return score(sampler.decode(pipe, x), [prompts[p] for p in prompt.tolist()])
 
     # Trajectories, the values of their states, and what the estimates of the images there are rewarded with
-    world = estimates.World(velocity, reward, sigmas, args.eta, args.sde)
+    world = estimates.World(velocity, reward, sigmas, args.eta, args.sde, args.ode_steps)
     prompt = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,)
     x = torch.randn(P, *sampler.latent_shape(pipe, args.resolution), generator=generator).to(args.device)[prompt]
     drawn = [estimates.roll_out(world, x[rows], 0, prompt[rows], generator) for rows in torch.arange(B).split(args.micro_batch)]
@@ -255,8 +259,8 @@ if __name__ == "__main__":
     b = int((scores - V[:, :, 0].mean(0)).argmax())
     copies = [t[b : b + 1].expand(16, *t.shape[1:]) for t in (trajectory, scores, prompt)]
     fresh = estimates.values(world, *copies, 1, 4, generator, args.micro_batch)[0].flatten(0, 1)  # (64, S + 1)
-    k = torch.arange(S + 1, device=args.device)
-    images = sampler.decode(pipe, estimate(torch.full_like(k, b), k, 1))
+    k = torch.arange(S, device=args.device)
+    images = sampler.decode(pipe, torch.cat([estimate(torch.full_like(k, b), k, 1), end[b : b + 1]]))
     shown = {"truth": fresh.mean(0).diff() / delta.mean(0).std()}  # in units of each credit's standard deviation
     for name in ("GRPO", *(f"lambda {lam:g}, T' = {n}" for n in args.substeps for lam in args.lams if lam in (0, 1))):
         shown[name] = methods[name][0][0, b] / methods[name][0].std()

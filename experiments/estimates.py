@@ -27,19 +27,21 @@ class World(NamedTuple):
     sigmas: torch.Tensor  # (T + 1,)
     eta: float
     sde: str
+    ode_steps: int = 1  # the last so many follow the ODE
 
 
 @torch.no_grad()
 def roll_out(world, x, k, prompt, generator):
     """States x_k ... x_S (N, S + 1 - k, ...), velocities there, and ends x_T (N, ...), drawn from states x (N, ...) at step k."""
     states, velocities, sigmas = [], [], world.sigmas
+    S = len(sigmas) - 1 - world.ode_steps
     for j in range(k, len(sigmas) - 1):
         sigma, sigma_next = sigmas[j].expand(len(x)), sigmas[j + 1].expand(len(x))
         v = world.velocity(x, sigma, prompt)
-        states.append(x)
-        velocities.append(v)
-        eta = world.eta if j < len(sigmas) - 2 else 0.0  # the last step follows the ODE
-        mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigmas[1].item(), eta, world.sde)
+        if j <= S:
+            states.append(x)
+            velocities.append(v)
+        mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigmas[1].item(), world.eta if j < S else 0.0, world.sde)
         x = mean + std * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     return torch.stack(states, 1), torch.stack(velocities, 1), x
 

@@ -349,7 +349,7 @@ def test_a_run_writes_its_files_and_takes_the_settings_of_a_lora(tmp_path, capsy
     [
         (["--images", "18"], "--images 18 must be a multiple of --group-size 4"),
         (["--continuations", "3"], "--continuations 3 must be an even number"),
-        (["--steps", "2"], "--steps must be at least 3"),
+        (["--steps", "2"], "at least 2 more than --ode-steps 1"),
         (["--lams", "0", "2"], "must be from 0 to 1"),
         (["--eta", "1.5"], "--eta 1.5 must be above 0"),
         (["--lora", "nowhere"], "--lora nowhere is not the folder of a run"),

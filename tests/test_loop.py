@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def trained_rows(monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_rows_that_share_a_state_share_a_call(script, tmp_path, monkeypatch):
-    """At the default schedule: 256 x 6 states are sampled, of which 256 are 16; 256 x 5 are trained in two updates."""
+    """With S = 5 of T = 6 steps 256 x 6 states are sampled, of which 256 are 16; 256 x 5 are trained in two updates."""
     rows, honest = {True: 0, False: 0}, rewards.REWARDS["shapes"]
 
     def count(pipe, x, sigma, text, args):
@@ -43,7 +44,7 @@ def test_rows_that_share_a_state_share_a_call(script, tmp_path, monkeypatch):
     spread = lambda images, prompts: torch.rand(len(prompts), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(sampler, "velocity", count)
     monkeypatch.setitem(rewards.REWARDS, "shapes", rewards.Reward(spread, "shapes", honest.verdict))
-    flags = "--iterations 1 --eval-images 6 --eval-steps 2 --no-compile --dtype float32 --device cpu".split()
+    flags = "--iterations 1 --ode-steps 1 --eval-images 6 --eval-steps 2 --no-compile --dtype float32 --device cpu".split()
     run(script, tmp_path / "run", *flags, small=False)
     evaluations = 2 * 6 * 2
     assert rows[False] == 256 * 5 + 16 + evaluations
@@ -122,8 +123,39 @@ def test_stepwise_credits_the_step_that_gained(tmp_path, monkeypatch, trained_ro
     assert len(sigma) == 32 and (norm[sigma != level] == 0).all() and (norm[sigma == level] > 0).all()
 
 
-def test_stepwise_draws_and_judges_what_grpo_does(tmp_path):
-    a, b = (scalars(run(s, tmp_path / s, *QUICK, "--sde", "cps"))["charts/reward"] for s in ("grpo", "stepwise_grpo"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_last_steps_follow_the_ode(script, tmp_path, monkeypatch):
+    """With noise that moves nothing and a velocity of 1 the final image is x_0 - sigmas[S], and no state after x_S is trained."""
+    decoded, trained, velocity, decode = [], set(), sampler.velocity, sampler.decode
+
+    def ones(pipe, x, sigma, *rest):
+        if torch.is_grad_enabled():
+            trained.update(sigma.tolist())
+        return torch.ones_like(x) + 0 * velocity(pipe, x, sigma, *rest)
+
+    def stay(v, x, *rest):
+        return x + 1e-9 * v, torch.full((len(x), 1, 1, 1), 1e-9)
+
+    monkeypatch.setattr(sampler, "velocity", ones)
+    monkeypatch.setattr(sampler, "sde_step", stay)
+    monkeypatch.setattr(sampler, "decode", lambda pipe, x: decoded.append(x) or decode(pipe, x))
+    spread = lambda images, prompts: torch.rand(len(prompts), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setitem(
+        rewards.REWARDS, "rand", rewards.Reward(spread, "shapes", lambda images, prompts: torch.zeros(len(prompts)))
+    )
+    run(script, tmp_path / "run", *QUICK, "--ode-steps", "3", "--reward", "rand", "--prompts", "1", "--updates", "1")
+    sigmas = sampler.schedule(StableDiffusion3Pipeline.from_pretrained(miniature.FOLDER), 5)
+    start, _ = sampler.group_noise(SimpleNamespace(seed=0, group_size=4, steps=5, ode_steps=3), 0, 0, decoded[1].shape[1:])
+    fell = (start - decoded[1]).mean((1, 2, 3))  # [0] and [2] are of the evaluations
+    expected = sigmas[[0, 1, 2, 1, 2, 1, 2, 1, 2]] if script == "stepwise_grpo" else sigmas[[2, 2, 2, 2]]
+    assert torch.allclose(fell, expected, atol=1e-4) and trained == set(sigmas[:2].tolist())
+
+
+@pytest.mark.parametrize("ode_steps", ["1", "3"])
+def test_stepwise_draws_and_judges_what_grpo_does(ode_steps, tmp_path):
+    flags = [*QUICK, "--sde", "cps", "--ode-steps", ode_steps, "--substeps", "3"]
+    flags = {"grpo": flags[:-2], "stepwise_grpo": flags}
+    a, b = (scalars(run(s, tmp_path / s, *flags[s]))["charts/reward"] for s in flags)
     assert a == pytest.approx(b, abs=1e-5)
 
 

@@ -30,7 +30,8 @@ from miniature import pretrain
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
-SMALL = "--prompts 2 --group-size 4 --steps 5 --eval-images 12 --updates 2 --no-compile --dtype float32 --device cpu".split()
+SMALL = "--prompts 2 --group-size 4 --steps 5 --ode-steps 1 --eval-images 12 --updates 2".split()
+SMALL += "--no-compile --dtype float32 --device cpu".split()
 
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -355,7 +356,7 @@ def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):
         ("grpo", "--resolution -16", "from 0 up"),
         ("grpo", "--text-length 0", "at least 1"),
         ("grpo", "--resume=nowhere", "not the folder of a run"),
-        ("grpo", "--steps 1", "at least 2"),
+        ("grpo", "--steps 1 --ode-steps 1", "less than --steps 1"),
         ("grpo", "--iterations 0", "at least 1"),
         ("grpo", "--prompts 0", "at least 1"),
         ("grpo", "--updates 0", "at least 1"),

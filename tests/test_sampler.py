@@ -25,7 +25,7 @@ def test_the_sampler_draws_what_stock_diffusers_draws(guidance):
 
 def test_every_group_has_noise_of_its_own():
     def draw(seed, iteration, group):
-        return sampler.group_noise(grpo.Args(seed=seed, group_size=3, steps=4), iteration, group, (2, 2))
+        return sampler.group_noise(grpo.Args(seed=seed, group_size=3, steps=4, ode_steps=1), iteration, group, (2, 2))
 
     start, steps = draw(0, 0, 0)
     assert start.shape == (2, 2) and len(steps.flatten(0, 1).flatten(1).unique(dim=0)) == 9  # one start, 3 x 3 noises
