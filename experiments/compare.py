@@ -1,19 +1,22 @@
-"""Runs the three methods with several seeds and draws their held-out score against images and minutes.
+"""Runs the three methods side by side in several settings and seeds, and tells with tests of significance what they differ in.
 
-    python -m experiments.compare                         # every default, three seeds; finished runs are not run again
-    python -m experiments.compare --seeds 0 --runs-dir runs/flow --output-dir runs/flow --sde flow --eta 0.7
+    python -m experiments.compare --jobs 2            # every run that the table lacks, then the report; hours
+    python -m experiments.compare --jobs 0            # the report alone
+    python -m experiments.compare --settings default --methods grpo gcpo --seeds 0 1
 
-Flags that are not its own go to every run, so all scripts must know them; other flags need another --runs-dir. Writes
-<output-dir>/comparison.csv, a row an evaluation, and comparison.png.
+A run is one thread of one process, and a finished one a row of <output-dir>/runs.csv: it is never repeated until that row is
+deleted. A killed one goes on from its folder in --runs-dir. The endpoint, fixed beforehand, is the mean of a run's last three
+evaluations. Writes runs.csv, comparison.csv (a row a method and setting) and comparison.png.
 """
 
 import csv
-import importlib
-import itertools
 import json
+import math
+import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -22,42 +25,72 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import arguments
+from bookkeeping import replacing
+
+ROOT = Path(__file__).parent.parent
+
+# Flags of every run of a setting, and by method the script and its own flags. The first method is the one compared with.
+# `all-steps` trains every step but the last, as both papers do; `long` is GCPO's length, with fewer images in place of more
+# transformer calls; `tuning` is each script's grid of learning rate and clip, on a seed of its own.
+STEPWISE = {
+    "stepwise, its paper's ddim": "stepwise_grpo --sde ddim",
+    "stepwise, cps": "stepwise_grpo --sde cps",
+}
+SETTINGS = {
+    "default": ("", {
+        "grpo": "grpo",
+        "gcpo, adaptive": "gcpo",
+        "gcpo, one chunk": "gcpo --chunk-size 3",
+        **STEPWISE,
+    }),
+    "all-steps": ("--ode-steps 1", {
+        "grpo": "grpo",
+        "gcpo, adaptive": "gcpo --min-chunk 4",
+        "gcpo, chunks of 4": "gcpo --chunk-size 4",
+        "gcpo, one chunk": "gcpo --chunk-size 5",
+        **STEPWISE,
+        "grpo, ddim": "grpo --sde ddim",
+        "gcpo, half of the chunks": "gcpo --min-chunk 2 --chunk-fraction 0.5",
+        "gcpo, half of the chunks, weighted": "gcpo --min-chunk 2 --chunk-fraction 0.5 --weighted",
+    }),
+    "long": ("--steps 17 --ode-steps 1 --prompts 8 --group-size 8", {
+        "grpo": "grpo",
+        "gcpo, adaptive": "gcpo --min-chunk 4",
+        "gcpo, 2 3 4 7": "gcpo --chunks 2 3 4 7",
+        "gcpo, chunks of 8": "gcpo --chunk-size 8",
+        "gcpo, one chunk": "gcpo --chunk-size 16",
+        **STEPWISE,
+    }),
+    "tuning": ("--eval-every 20", {
+        f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
+        for script in ("grpo", "gcpo", "stepwise_grpo")
+        for lr, clip in (("1e-3", "3e-4"), ("2e-3", "3e-4"), ("4e-3", "3e-4"), ("2e-3", "1e-4"))
+    }),
+}  # fmt: skip
+TUNING_SEED = 100
 
 
 @dataclass
 class Args:
-    methods: tuple[str, ...] = ("grpo", "gcpo", "stepwise_grpo")
-    """scripts to run"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of each"""
-    target: float = 0.55
-    """held-out score for which images and minutes are told"""
+    settings: tuple[str, ...] = ("default", "all-steps", "long", "tuning")
+    """which of SETTINGS"""
+    methods: tuple[str, ...] = ()
+    """which of their methods; none: all"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """seeds of each, but for tuning, which has its own"""
+    jobs: int = 1
+    """runs side by side; 0: none, report on those in the table"""
     output_dir: Path = Path("experiments/results")
-    """folder of the table and the plot"""
+    """folder of the tables and the plot"""
     runs_dir: Path = Path("runs/compare")
     """folder of the runs"""
 
 
-# A run with another of these is the same experiment
-IMMATERIAL = ("seed", "output_dir", "resume", "device", "dtype", "compile", "micro_batch", "save_every")
-
-
-def settings(method, flags):
-    """What makes a run of a script with these flags the experiment it is; a flag that the script does not know ends the program."""
-    given = asdict(arguments.parse_args(importlib.import_module(method).Args, None, flags))
-    return json.loads(json.dumps({name: value for name, value in given.items() if name not in IMMATERIAL}))
-
-
-def check_folder(folder, wanted):
-    """Ends the program if the folder holds a run with other settings than those wanted."""
-    saved = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else wanted
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            flag = name.replace("_", "-")
-            arguments.fail(f"{folder} holds a run with --{flag} {saved.get(name)}, not {value}; name another --runs-dir")
+# The runs
 
 
 def evaluations(folder):
@@ -71,62 +104,163 @@ def evaluations(folder):
         yield e.step * per_iteration, minutes[e.step - 1] if e.step else 0.0, e.value
 
 
+def read_table(path):
+    """Rows of runs.csv, with the curve (evaluations, 3) of images, minutes and scores as an array."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row | dict(seed=int(row["seed"]), curve=np.array(json.loads(row["curve"]))) for row in rows]
+
+
+def write_table(path, rows):
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(row | ({"curve": json.dumps(row["curve"].tolist())} if "curve" in row else {}) for row in rows)
+
+
+def run(setting, method, seed, runs_dir):
+    """Trains, or goes on with an interrupted run, and gives its row of the table; None if the run failed."""
+    common, methods = SETTINGS[setting]
+    script, *own = methods[method].split()
+    folder = runs_dir / "-".join([setting, *methods[method].replace("--", "").split(), str(seed)])
+    flags = [*common.split(), *own]
+    if not (folder / "result.json").exists():
+        where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder, "--seed", str(seed), *flags]
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, ROOT / f"{script}.py", "--no-compile", "--device", "cpu", *where]
+        with open(folder.with_suffix(".log"), "w") as log:
+            if subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+                return None
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    row = dict(setting=setting, method=method, seed=seed, command=" ".join([f"{script}.py", *flags]), commit=commit, threads=1)
+    return row | dict(curve=np.array([[images, round(m, 3), round(s, 5)] for images, m, s in evaluations(folder)]))
+
+
+# The report
+
+
+def endpoint(curve):
+    """Mean of the last three scores of a curve (evaluations, 3): one evaluation wanders by about 0.03."""
+    return curve[-3:, 2].mean()
+
+
 def reached(curve, target):
-    """(images, minutes) at which a run's curve, rows in order, first has the target, between evaluations in proportion; or None."""
+    """(images, minutes) at which a curve (evaluations, 3) first has the target, between evaluations in proportion; or None."""
     for before, after in zip(curve, curve[1:]):
-        if after["held_out"] >= target:
-            share = max(0.0, (target - before["held_out"]) / (after["held_out"] - before["held_out"]))
-            return tuple(before[key] + share * (after[key] - before[key]) for key in ("images", "minutes"))
+        if after[2] >= target:
+            share = max(0.0, (target - before[2]) / (after[2] - before[2]))
+            return tuple(before[:2] + share * (after - before)[:2])
     return None
 
 
-if __name__ == "__main__":
-    args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
-    if {"--seed", "--output-dir", "--resume"} & {flag.split("=")[0] for flag in flags} or not (args.seeds and args.methods):
-        arguments.fail("--seeds and --methods take one or more values, and --seed, --output-dir and --resume are set for each run")
-    for method in args.methods:
-        if not (Path(__file__).parent.parent / f"{method}.py").exists():
-            arguments.fail(f"--methods {method}: there is no {method}.py")
-        wanted = settings(method, flags)
-        for seed in args.seeds:
-            check_folder(args.runs_dir / f"{method}-{seed}", wanted)
-    rows = []
-    for seed in args.seeds:
-        for method in args.methods:
-            folder = args.runs_dir / f"{method}-{seed}"
-            if not (folder / "result.json").exists():
-                where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder]
-                script = Path(__file__).parent.parent / f"{method}.py"
-                run = subprocess.run([sys.executable, script, "--seed", str(seed), *where, *flags])
-                if run.returncode:
-                    sys.exit(run.returncode)
-            for images, minutes, score in evaluations(folder):
-                rows.append(dict(method=method, seed=seed, images=images, minutes=round(minutes, 3), held_out=round(score, 5)))
+def holm(p_values):
+    """Holm's correction: p-values of m tests such that the chance of any false one below alpha is at most alpha."""
+    order, adjusted, least = np.argsort(p_values), np.empty(len(p_values)), 0.0
+    for rank, i in enumerate(order):
+        least = adjusted[i] = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return adjusted
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with open(args.output_dir / "comparison.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for method, colour in zip(args.methods, itertools.cycle(("tab:gray", "tab:blue", "tab:orange", "tab:green"))):
-        curves = [[r for r in rows if r["method"] == method and r["seed"] == seed] for seed in args.seeds]
-        scores = np.array([[r["held_out"] for r in curve] for curve in curves])
-        print(f"{method:15} {scores[:, 0].mean():.3f} -> {scores[:, -1].mean():.3f}, by seed {scores[:, -1].round(3).tolist()}")
-        arrivals = [reached(curve, args.target) for curve in curves]
+def paired(difference):
+    """(95 % half-width, p, smallest difference that so many seeds find four times in five) of differences (seeds,) by t tests."""
+    n = len(difference)
+    error = difference.std(ddof=1) / math.sqrt(n)
+    t, power = stats.t.ppf(0.975, n - 1), stats.t.ppf(0.8, n - 1)
+    return t * error, stats.ttest_1samp(difference, 0).pvalue, (t + power) * error
+
+
+def report(rows, setting, methods):
+    """A row a method with two seeds or more: its endpoint, and how it differs from the first method's on the same seeds."""
+    runs = {m: {r["seed"]: r["curve"] for r in rows if (r["setting"], r["method"]) == (setting, m)} for m in methods}
+    (first, baseline), lines = next(iter(runs.items())), []
+    for method, curves in runs.items():
+        if len(curves) < 2:
+            continue
+        ends = np.array([endpoint(c) for c in curves.values()])
+        half = stats.t.ppf(0.975, len(ends) - 1) * ends.std(ddof=1) / math.sqrt(len(ends))
+        line = dict(setting=setting, method=method, seeds=len(ends), base=np.mean([c[0, 2] for c in curves.values()]))
+        line |= dict(score=ends.mean(), half_width=half, best_last=max(c[-1, 2] for c in curves.values()))
+        shared = sorted(curves.keys() & baseline.keys())
+        if method != first and len(shared) > 1:
+            own, other = (np.array([endpoint(c[seed]) for seed in shared]) for c in (curves, baseline))
+            base = np.array([baseline[seed][0, 2] for seed in shared])
+            half, p, detectable = paired(own - other)
+            line |= dict(difference=(own - other).mean(), difference_half_width=half, p=p, smallest_detectable=detectable)
+            line |= dict(relative_gain=(own - base).mean() / (other - base).mean())
+        goal = np.mean([endpoint(c) for c in baseline.values()]) if baseline else math.inf
+        arrivals = [reached(c, goal) for c in curves.values()]
+        line |= dict(reached_by=sum(a is not None for a in arrivals))
         if all(arrivals):
-            images, minutes = np.mean(arrivals, axis=0)
-            print(f"{'':15} {args.target} after {images:,.0f} images, {minutes:.1f} minutes")
-        else:
-            print(f"{'':15} {args.target} not reached by seeds {[seed for seed, a in zip(args.seeds, arrivals) if not a]}")
-        for axis, key in zip(axes, ("images", "minutes")):
-            x = np.mean([[r[key] for r in curve] for curve in curves], axis=0)
-            axis.plot(x, scores.mean(0), color=colour, label=method)
-            axis.fill_between(x, scores.min(0), scores.max(0), color=colour, alpha=0.2, linewidth=0)
-            axis.set_xlabel({"images": "images generated", "minutes": "minutes of training"}[key])
-    axes[0].set_ylabel("held-out strict score")
-    axes[0].legend()
-    axes[0].set_title(f"mean, and range over {len(args.seeds)} seeds", fontsize=10)
+            line |= dict(zip(("images_to_it", "minutes_to_it"), np.mean(arrivals, 0)))
+        lines.append(line)
+    tested = [line for line in lines if "p" in line]
+    for line, p in zip(tested, holm([line["p"] for line in tested])):
+        line["p_holm"] = p
+    return lines
+
+
+def draw(rows, settings, path):
+    """Mean held-out score, and the range over seeds, against images: a panel a setting."""
+    figure, axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 4), sharey=True, squeeze=False)
+    for axis, setting in zip(axes[0], settings):
+        for method in SETTINGS[setting][1]:
+            curves = [r["curve"] for r in rows if (r["setting"], r["method"]) == (setting, method)]
+            if curves:
+                scores = np.array([c[:, 2] for c in curves])
+                axis.plot(curves[0][:, 0], scores.mean(0), label=f"{method} ({len(curves)} seeds)")
+                axis.fill_between(curves[0][:, 0], scores.min(0), scores.max(0), alpha=0.15, linewidth=0)
+        axis.set(title=setting, xlabel="images generated")
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("held-out strict score")
     figure.tight_layout()
-    figure.savefig(args.output_dir / "comparison.png", dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    for name in args.settings:
+        if name not in SETTINGS:
+            arguments.fail(f"--settings {name} is not one of {', '.join(SETTINGS)}")
+    known = {method for setting in args.settings for method in SETTINGS[setting][1]}
+    for method in args.methods:
+        if method not in known:
+            arguments.fail(f"--methods {method!r} is not one of {', '.join(map(repr, sorted(known)))}")
+    table = args.output_dir / "runs.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_table(table)
+    done = {(row["setting"], row["method"], row["seed"]) for row in rows}
+    wanted = [  # seed by seed, so that whenever it is stopped all methods have about as many
+        (setting, method, seed)
+        for setting in args.settings
+        for seed in ((TUNING_SEED,) if setting == "tuning" else args.seeds)
+        for method in SETTINGS[setting][1]
+        if (method in args.methods or not args.methods) and (setting, method, seed) not in done
+    ]
+    with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
+        for job, row in zip(wanted, pool.map(lambda job: run(*job, args.runs_dir), wanted if args.jobs else ())):
+            if row is None:
+                print(f"{job} failed; see its log in {args.runs_dir}", file=sys.stderr)
+            else:
+                rows.append(row)
+                write_table(table, rows)
+                print(len(rows), *job, f"{endpoint(row['curve']):.3f}", flush=True)
+    if not rows:
+        arguments.fail(f"{table} has no runs to report on, and --jobs 0 makes none")
+    lines = [line for setting in args.settings if setting != "tuning" for line in report(rows, setting, SETTINGS[setting][1])]
+    for line in lines:
+        text = f"{line['setting']:10} {line['method']:36} {line['seeds']} seeds {line['score']:.3f} ± {line['half_width']:.3f}"
+        if "p" in line:
+            text += f"  difference {line['difference']:+.3f} ± {line['difference_half_width']:.3f}, p {line['p_holm']:.3f} (Holm)"
+            text += f", could have seen {line['smallest_detectable']:.3f}; relative gain {line['relative_gain']:.2f}"
+        print(text)
+    for row in rows:
+        if row["setting"] == "tuning":
+            print(f"tuning     {row['method']:44} {endpoint(row['curve']):.3f}")
+    fields = dict.fromkeys(name for line in lines for name in line)
+    write_table(args.output_dir / "comparison.csv", [
+        {f: (f"{line[f]:.4g}" if isinstance(line.get(f), float) else line.get(f, "")) for f in fields} for line in lines
+    ])  # fmt: skip
+    draw(rows, [s for s in args.settings if s != "tuning"], args.output_dir / "comparison.png")

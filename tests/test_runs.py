@@ -87,24 +87,6 @@ def test_compare_reads_a_runs_curve(finished):
     assert (score, score_end) == pytest.approx((result["base_score"], result["final_score"]))
 
 
-def test_compare_tells_when_a_score_was_reached():
-    curve = [dict(images=100 * i, minutes=float(i), held_out=score) for i, score in enumerate((0.4, 0.5, 0.45, 0.65))]
-    assert compare.reached(curve, 0.55) == pytest.approx((250, 2.5)) and compare.reached(curve, 0.45) == pytest.approx((50, 0.5))
-    assert compare.reached(curve, 0.7) is None and compare.reached(curve, 0.3) == (0, 0)
-
-
-def test_compare_takes_a_finished_run_only_for_its_own_settings(finished, capsys):
-    script, folder = finished
-    flags = [*SMALL, "--iterations", "2"]
-    compare.check_folder(folder, compare.settings(script, flags))
-    with pytest.raises(SystemExit) as stop:
-        compare.check_folder(folder, compare.settings(script, [*flags, "--eta", "0.5"]))
-    assert stop.value.code == 2 and "holds a run with --eta 0.8, not 0.5" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        compare.settings(script, ["--colour", "red"])
-    assert stop.value.code == 2
-
-
 def test_stock_diffusers_loads_the_lora(finished):
     _, folder = finished
     pipe = StableDiffusion3Pipeline.from_pretrained(miniature.FOLDER)
