@@ -3,24 +3,35 @@
     python evaluate.py                                     # the miniature without LoRA
     python evaluate.py --lora runs/gcpo__... --steps 28
     python evaluate.py --lora runs/gcpo__... --hybrid 0.6  # the LoRA for the first 60 % of the steps, then the base model
+    python evaluate.py --lora runs/gcpo__... --benchmark geneval
 
-The last is how GCPO (arXiv 2510.21583) evaluates: its LoRA makes 30 of 50 steps, which shape the image, and the base model the
+The third is how GCPO (arXiv 2510.21583) evaluates: its LoRA makes 30 of 50 steps, which shape the image, and the base model the
 rest, which fill in what the reward has no say in. Writes evaluation.json and evaluation.png to --output-dir.
+
+The last scores GenEval as published, whatever the LoRA was trained for: 553 prompts, four images each, the share of correct images
+of each task, and the mean over the six tasks; its standard error is by bootstrap over each task's prompts. Writes geneval.json and
+geneval.png.
 """
 
 import json
 import math
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import arguments
 import bookkeeping
+import miniature
+import sampler
+from judges import geneval, geneval_benchmark
 
 
 @dataclass
@@ -33,6 +44,8 @@ class Args:
     """what images are scored for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
     prompt_file: str = ""
     """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
+    benchmark: Literal["geneval"] | None = None
+    """score the published prompts of a benchmark instead of held-out prompts"""
     steps: int = 6
     """denoising steps, deterministic"""
     hybrid: float = 1.0
@@ -74,9 +87,40 @@ def parse_args():
         arguments.fail("evaluate.py runs in one process; start it without torchrun")
     if not 0 <= args.hybrid <= 1:
         arguments.fail(f"--hybrid {args.hybrid} must be from 0 to 1")
+    if args.benchmark:
+        set_benchmark(args)
     arguments.check_model_and_reward(args)
     args.output_dir = args.output_dir or args.lora or "runs/evaluation"
     return args
+
+
+def set_benchmark(args):
+    """Gives args what the benchmark prescribes, in the place of the run's own; a flag that says otherwise ends the program."""
+    if miniature.is_miniature(args.model):
+        arguments.fail(
+            "--benchmark geneval asks for what the miniature has no words for; give --model sd3 or the LoRA of another model"
+        )
+    flags = [word.split("=")[0].replace("_", "-") for word in sys.argv[1:]]
+    for name, value in dict(reward="geneval", prompt_file="", eval_images=geneval_benchmark.IMAGES * 553).items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in flags and getattr(args, name) != value:
+            arguments.fail(f"--benchmark geneval brings its own prompts, number of images and judge; leave {flag} away")
+        setattr(args, name, value)
+
+
+def benchmark(pipe, args, steps, tuned_steps):
+    """As bookkeeping.evaluate, for GenEval's prompts: (scores (N,), prompts, tasks, the first image of each prompt, small)."""
+    pairs = [(prompt, task) for task, prompts in geneval_benchmark.PROMPTS.items() for prompt in prompts]
+    each, generator, scores, images = geneval_benchmark.IMAGES, torch.Generator().manual_seed(12345), [], []
+    prompts, tasks = zip(*(pair for pair in pairs for _ in range(each)))
+    for start in tqdm(range(0, len(prompts), 16 * each), desc="geneval"):  # all images of 512 x 512 would be 7 GB
+        part = prompts[start : start + 16 * each]
+        # drawn image by image, so that a prompt's noise does not depend on what else is in its part
+        noise = torch.stack([torch.randn(sampler.latent_shape(pipe, args.resolution), generator=generator) for _ in part])
+        made = sampler.sample_ode(pipe, part, noise, steps, args, tuned_steps)
+        scores.append(geneval.verdict(made, part))
+        images.append(torch.nn.functional.interpolate(made[::each], 128, mode="area"))
+    return torch.cat(scores).double().numpy(), prompts, tasks, torch.cat(images)
 
 
 def standard_errors(scores, prompts, categories, repeats=2000):
@@ -108,15 +152,22 @@ if __name__ == "__main__":
             arguments.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     folder.mkdir(parents=True, exist_ok=True)
     tuned_steps = round(args.hybrid * args.steps)
-    scores, prompts, categories, images = bookkeeping.evaluate(pipe, args, args.steps, tuned_steps)
+    evaluate, name = (benchmark, args.benchmark) if args.benchmark else (bookkeeping.evaluate, "evaluation")
+    scores, prompts, categories, images = evaluate(pipe, args, args.steps, tuned_steps)
     by_category = bookkeeping.category_means(scores, categories)
     over_images, over_captions = standard_errors(scores, prompts, categories)
     result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=tuned_steps)
     result |= dict(guidance=args.guidance, images=len(prompts), captions=len(set(prompts)), score=float(scores.mean()))
     result |= dict(error_over_images=over_images, error_over_captions=over_captions, categories=by_category)
-    bookkeeping.write_json(folder / "evaluation.json", result)
-    bookkeeping.save_grid(images, prompts, folder / "evaluation.png")
-    for name, value in {**by_category, "all": result["score"]}.items():
-        print(f"{name:20} {value:7.3f}")
-    print(f"standard error {over_images:.3f} over {len(prompts)} images, {over_captions:.3f} over {len(set(prompts))} captions")
-    print(f"{tuned_steps} of {args.steps} steps with the LoRA; written to {folder}/evaluation.json and evaluation.png")
+    if args.benchmark:  # its tasks have unequal numbers of prompts and the same weight
+        del result["error_over_images"]
+        result |= dict(score=float(np.mean(list(by_category.values()))), published=geneval_benchmark.PUBLISHED)
+        print(geneval_benchmark.table(result["score"], over_captions, by_category))
+        print(f"standard error by bootstrap over {len(set(prompts))} prompts, {len(prompts)} images")
+    else:
+        for category, value in {**by_category, "all": result["score"]}.items():
+            print(f"{category:20} {value:7.3f}")
+        print(f"standard error {over_images:.3f} over {len(prompts)} images, {over_captions:.3f} over {len(set(prompts))} captions")
+    bookkeeping.write_json(folder / f"{name}.json", result)
+    bookkeeping.save_grid(images, prompts[:: len(prompts) // len(images)], folder / f"{name}.png")
+    print(f"{tuned_steps} of {args.steps} steps with the LoRA; written to {folder}/{name}.json and {name}.png")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from judges import clip, geneval, hpsv3, imagereward, ocr, to_uint8, unifiedreward
+from judges import clip, geneval, geneval_benchmark, hpsv3, imagereward, ocr, to_uint8, unifiedreward
 from miniature import is_miniature, shapes
 
 PACKAGES = {"rapidocr": "rapidocr onnxruntime", "rapidfuzz": "rapidfuzz"}  # beyond requirements.txt: module -> pip's names
@@ -69,6 +69,12 @@ def by_category(groups):
     return {category: train for category, (train, _) in both.items()}, {category: held for category, (_, held) in both.items()}
 
 
+def without_benchmark(train, held_out):
+    """The two halves without training prompts of GenEval's benchmark, nor a category that they were all of."""
+    left = {category: [p for p in prompts if not geneval_benchmark.holds(p)] for category, prompts in train.items()}
+    return {category: prompts for category, prompts in left.items() if prompts}, held_out
+
+
 ANIMALS = (  # DDPO's
     "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle "
     "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey "
@@ -88,7 +94,7 @@ PROMPT_SETS = {
     "animals": by_category({"animals": ANIMALS}),
     "activities": by_category({activity: [f"a {animal} {activity}" for animal in ANIMALS] for activity in ACTIVITIES}),
     "text": by_category({surface: [f'{surface} "{words}"' for words in WORDS] for surface in SURFACES}),
-    "geneval": by_category(geneval.template_prompts()),
+    "geneval": without_benchmark(*by_category(geneval.template_prompts())),  # no single object: all 80 are in the benchmark
 }
 
 

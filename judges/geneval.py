@@ -25,7 +25,18 @@ NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 PLURALS |= {"computer mouse": "computer mice", "broccoli": "broccoli"}
 PLURALS = {name: PLURALS.get(name) or name + ("es" if name.endswith(("s", "ch", "sh")) else "s") for name in COCO}
-SINGULARS = {name + ("es" if name.endswith("s") else "s"): name for name in COCO}  # GenEval's own list has "benchs", "persons"
+
+
+def published_plural(name):
+    """GenEval's own rule: "buses", but "benchs" and "knifes"."""
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def with_article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+SINGULARS = {published_plural(name): name for name in COCO}
 SINGULARS |= {plural: name for name, plural in PLURALS.items()}
 
 
@@ -167,16 +178,15 @@ def template_prompts():
     """The six templates, 80 objects and 10 colours of GenEval, at most 400 different prompts each, drawn with a fixed seed."""
     rng = np.random.default_rng(0)
     some = lambda names: names[rng.integers(len(names))]
-    a = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
     two = lambda names: (names[i] for i in rng.choice(len(names), 2, replace=False))
-    coloured = lambda pairs: [a(f"{colour} {name}") for colour, name in pairs]
+    coloured = lambda pairs: [with_article(f"{colour} {name}") for colour, name in pairs]
     things = COCO[1:]  # people are not asked for in a colour
     templates = {
-        "single object": lambda: a(some(COCO)),
-        "two objects": lambda: " and ".join(map(a, two(COCO))),
+        "single object": lambda: with_article(some(COCO)),
+        "two objects": lambda: " and ".join(map(with_article, two(COCO))),
         "counting": lambda: f"{some(['two', 'three', 'four'])} {PLURALS[some(COCO)]}",
         "colours": lambda: coloured([(some(COLOURS), some(things))])[0],
-        "position": lambda: f" {some(list(shapes.RELATIONS))} ".join(map(a, two(COCO))),
+        "position": lambda: f" {some(list(shapes.RELATIONS))} ".join(map(with_article, two(COCO))),
         "colour attribution": lambda: " and ".join(coloured(zip(two(COLOURS), two(things)))),
     }
     return {c: list(dict.fromkeys("a photo of " + template() for _ in range(400))) for c, template in templates.items()}
