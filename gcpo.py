@@ -73,7 +73,7 @@ class Args:
     """chunks of this many steps, the remainder last; without it and --chunks the chunks are adaptive"""
     chunks: tuple[int, ...] | None = None
     """explicit chunk sizes, such as 2 3; they must sum to the stochastic steps S"""
-    min_chunk: int = 4
+    min_chunk: int = 2
     """adaptive chunks no longer than this are not split further"""
     distance: Literal["l1", "l2", "cosine"] = "l1"
     """relative distance between consecutive latents, which adaptive chunks and weights follow"""

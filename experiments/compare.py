@@ -41,13 +41,13 @@ STEPWISE = {
     "stepwise, cps": "stepwise_grpo --sde cps",
 }
 SETTINGS = {
-    "default": ("", {
+    "default": ("--iterations 60", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",
         **STEPWISE,
     }),
-    "all-steps": ("--ode-steps 1", {
+    "all-steps": ("--iterations 60 --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --min-chunk 4",
         "gcpo, chunks of 4": "gcpo --chunk-size 4",
@@ -57,7 +57,7 @@ SETTINGS = {
         "gcpo, half of the chunks": "gcpo --min-chunk 2 --chunk-fraction 0.5",
         "gcpo, half of the chunks, weighted": "gcpo --min-chunk 2 --chunk-fraction 0.5 --weighted",
     }),
-    "long": ("--steps 17 --ode-steps 1 --prompts 8 --group-size 8", {
+    "long": ("--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --min-chunk 4",
         "gcpo, 2 3 4 7": "gcpo --chunks 2 3 4 7",
@@ -65,7 +65,7 @@ SETTINGS = {
         "gcpo, one chunk": "gcpo --chunk-size 16",
         **STEPWISE,
     }),
-    "tuning": ("--eval-every 20", {
+    "tuning": ("--iterations 60", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
         for script in ("grpo", "gcpo", "stepwise_grpo")
         for lr, clip in (("1e-3", "3e-4"), ("2e-3", "3e-4"), ("4e-3", "3e-4"), ("2e-3", "1e-4"))
