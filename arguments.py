@@ -21,8 +21,8 @@ PRESETS = {
     "tiny": {},
     "other": dict(
         reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, ode_steps=1, eta=0.7, sde="flow", guidance=4.5, lr=3e-4,
-        anneal_lr=False, clip=1e-4, min_chunk=4, beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40, eval_images=64,
-        gradient_checkpointing=True,
+        anneal_lr=False, clip=1e-4, min_chunk=4, beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40,
+        eval_images=64, gradient_checkpointing=True,
     ),
 }  # fmt: skip
 
