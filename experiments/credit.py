@@ -68,6 +68,8 @@ class Args:
     """classifier-free guidance scale; at most 1 is without"""
     substeps: tuple[int, ...] = (1, 3)
     """T' of the estimates of a state's reward, see stepwise_grpo.py"""
+    min_chunk: int = 2
+    """adaptive chunks are at most this long, see gcpo.py"""
     lams: tuple[float, ...] = (0.0, 0.5, 1.0)
     """lambdas of the lambda-gains made of those estimates"""
     resolution: int = 0
@@ -135,8 +137,13 @@ def parse_args():
     args = tyro.cli(
         Args, description=__doc__, default=Args(**{k: preset[k] for k in Args.__dataclass_fields__ if k in preset and k not in own})
     )
-    if min(args.rank, args.text_length, args.micro_batch, args.ode_steps, *args.substeps) < 1 or args.group_size < 2:
-        arguments.fail("--group-size must be at least 2, and --ode-steps, --substeps, --rank, --text-length and --micro-batch 1")
+    if (
+        min(args.rank, args.text_length, args.micro_batch, args.ode_steps, args.min_chunk, *args.substeps) < 1
+        or args.group_size < 2
+    ):
+        arguments.fail(
+            "--group-size must be at least 2, and --ode-steps, --substeps, --min-chunk, --rank, --text-length and --micro-batch 1"
+        )
     if args.steps - args.ode_steps < 2:
         arguments.fail(f"--steps {args.steps} must be at least 2 more than --ode-steps {args.ode_steps}: credit is shared by steps")
     if args.images % args.group_size or args.images < 4 * args.group_size:
@@ -199,8 +206,11 @@ if __name__ == "__main__":
 
     # What each method credits the steps with, and the chunks it credits together. With each what is known of its expected
     # gradient: it is the true one times scale, plus that of crediting `difference`, which has the less noise the better
-    plans = {"steps": [[1] * S] * B, "chunks of 2": [gcpo.fixed_chunks(S, 2)] * B, "one chunk": [[S]] * B}
-    plans["adaptive chunks"] = [gcpo.adaptive_chunks(curve.double().cpu().numpy()) for curve in gcpo.relative_distance(trajectory)]
+    plans = {"steps": [[1] * S] * B}
+    plans |= {f"chunks of {size}": [gcpo.fixed_chunks(S, size)] * B for size in (2, 3, 4) if size < S}
+    plans |= {"one chunk": [[S]] * B}
+    curves = gcpo.relative_distance(trajectory).double().cpu().numpy()
+    plans["adaptive chunks"] = [gcpo.adaptive_chunks(curve, args.min_chunk) for curve in curves]
     parts, R = centred(V.diff(dim=-1), G), centred(scores[:, None].expand(B, S), G)
     V = V.unflatten(0, (2, -1)).mean(1)  # for gradients two halves are enough
     delta, A = centred(V.diff(dim=-1), G), grpo.group_advantages(scores, G, global_std=True)[:, None].expand(B, S)
@@ -215,7 +225,7 @@ if __name__ == "__main__":
         differences.append(factor * (raw - unbiased if difference is None else difference.expand(2, B, S)))
 
     add("GRPO", A, R, R)
-    for plan in list(plans)[1:]:
+    for plan in ("chunks of 2", "one chunk", "adaptive chunks") if S > 2 else ():
         share = S * loss_weights(torch.zeros(B, S), torch.ones(B, S), plans[plan], 1.0)  # of the loss, over what GRPO gives a step
         known = plan != "adaptive chunks"  # the same for all images; then A and delta credit it with the same mean
         add(f"GCPO, {plan}", A, R, R, plan, (share - 1) * (delta if known else R))
@@ -224,6 +234,8 @@ if __name__ == "__main__":
         joint = stepwise_grpo.gain_advantages(g, G)
         factor = (joint * later).sum() / (later * later).sum()
         add(f"Stepwise, T' = {n}", joint, later, later, difference=joint / factor - later)
+        by_step = stepwise_grpo.gain_advantages(g, G, "step")
+        add(f"Stepwise by step, T' = {n}", by_step, centred(g, G), later)
         for lam in args.lams:
             credit = lambda_gains(g, lam)
             add(f"lambda {lam:g}, T' = {n}", iteration_advantages(credit, G), centred(credit, G), later)
