@@ -37,7 +37,7 @@ class Args:
     """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
     prompt_file: str = ""
     """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
-    iterations: int = 100
+    iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
     """P: prompts an iteration, over all processes"""

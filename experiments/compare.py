@@ -34,6 +34,7 @@ from bookkeeping import replacing
 ROOT = Path(__file__).parent.parent
 
 # Flags of every run of a setting, and by method the script and its own flags. The first method is the one compared with.
+# `default` and `full` are the scripts' defaults, at fewer iterations and at all of them;
 # `all-steps` trains every step but the last, as both papers do; `long` is GCPO's length, with fewer images in place of more
 # transformer calls; `tuning` is each script's grid of learning rate and clip, on a seed of its own.
 STEPWISE = {
@@ -46,6 +47,10 @@ SETTINGS = {
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",
         **STEPWISE,
+    }),
+    "full": ("", {
+        "gcpo": "gcpo",
+        "grpo, 300 iterations": "grpo --iterations 300",
     }),
     "all-steps": ("--iterations 60 --ode-steps 1", {
         "grpo": "grpo",
@@ -76,7 +81,7 @@ TUNING_SEED = 100
 
 @dataclass
 class Args:
-    settings: tuple[str, ...] = ("default", "all-steps", "long", "tuning")
+    settings: tuple[str, ...] = ("default", "full", "all-steps", "long", "tuning")
     """which of SETTINGS"""
     methods: tuple[str, ...] = ()
     """which of their methods; none: all"""
@@ -181,7 +186,7 @@ def report(rows, setting, methods):
         ends = np.array([endpoint(c) for c in curves.values()])
         half = stats.t.ppf(0.975, len(ends) - 1) * ends.std(ddof=1) / math.sqrt(len(ends))
         line = dict(setting=setting, method=method, seeds=len(ends), base=np.mean([c[0, 2] for c in curves.values()]))
-        line |= dict(score=ends.mean(), half_width=half, best_last=max(c[-1, 2] for c in curves.values()))
+        line |= dict(score=ends.mean(), half_width=half, last=np.mean([c[-1, 2] for c in curves.values()]))
         shared = sorted(curves.keys() & baseline.keys())
         if method != first and len(shared) > 1:
             own, other = (np.array([endpoint(c[seed]) for seed in shared]) for c in (curves, baseline))
