@@ -1,11 +1,12 @@
 """Runs the three methods side by side in several settings and seeds, and tells with tests of significance what they differ in.
 
-    python -m experiments.compare --jobs 2            # every run that the table lacks, then the report; hours
-    python -m experiments.compare --jobs 0            # the report alone
+    python -m experiments.compare --jobs 2                # every run that the table lacks, then the report; hours
+    python -m experiments.compare --settings full         # one after another, with all threads and compiled, as users run them
+    python -m experiments.compare --jobs 0                # the report alone
     python -m experiments.compare --settings default --methods grpo gcpo --seeds 0 1
 
-A run is one thread of one process, and a finished one a row of <output-dir>/runs.csv: it is never repeated until that row is
-deleted. A killed one goes on from its folder in --runs-dir. The endpoint, fixed beforehand, is the mean of a run's last three
+Runs side by side have one thread each and are not compiled; more threads would wait for each other. A finished run is a row of
+<output-dir>/runs.csv and never repeated until that row is deleted. A killed one goes on from its folder in --runs-dir. The endpoint, fixed beforehand, is the mean of a run's last three
 evaluations. Writes runs.csv, comparison.csv (a row a method and setting) and comparison.png.
 """
 
@@ -88,7 +89,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """seeds of each, but for tuning, which has its own"""
     jobs: int = 1
-    """runs side by side; 0: none, report on those in the table"""
+    """runs side by side, or 1 with all threads; 0: none, report on those in the table"""
     output_dir: Path = Path("experiments/results")
     """folder of the tables and the plot"""
     runs_dir: Path = Path("runs/compare")
@@ -125,7 +126,7 @@ def write_table(path, rows):
         writer.writerows(row | ({"curve": json.dumps(row["curve"].tolist())} if "curve" in row else {}) for row in rows)
 
 
-def run(setting, method, seed, runs_dir):
+def run(setting, method, seed, runs_dir, alone=False):
     """Trains, or goes on with an interrupted run, and gives its row of the table; None if the run failed."""
     common, methods = SETTINGS[setting]
     script, *own = methods[method].split()
@@ -134,12 +135,20 @@ def run(setting, method, seed, runs_dir):
     if not (folder / "result.json").exists():
         where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder, "--seed", str(seed), *flags]
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, ROOT / f"{script}.py", "--no-compile", "--device", "cpu", *where]
+        command = [sys.executable, ROOT / f"{script}.py", "--device", "cpu", *where]
+        environment = os.environ if alone else {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(folder.with_suffix(".log"), "w") as log:
-            if subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+            if subprocess.run(command if alone else [*command, "--no-compile"], stdout=log, stderr=log, env=environment).returncode:
                 return None
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    row = dict(setting=setting, method=method, seed=seed, command=" ".join([f"{script}.py", *flags]), commit=commit, threads=1)
+    row = dict(
+        setting=setting,
+        method=method,
+        seed=seed,
+        command=" ".join([f"{script}.py", *flags]),
+        commit=commit,
+        threads=os.cpu_count() if alone else 1,
+    )
     return row | dict(curve=np.array([[images, round(m, 3), round(s, 5)] for images, m, s in evaluations(folder)]))
 
 
@@ -245,7 +254,7 @@ if __name__ == "__main__":
         if (method in args.methods or not args.methods) and (setting, method, seed) not in done
     ]
     with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-        for job, row in zip(wanted, pool.map(lambda job: run(*job, args.runs_dir), wanted if args.jobs else ())):
+        for job, row in zip(wanted, pool.map(lambda job: run(*job, args.runs_dir, args.jobs == 1), wanted if args.jobs else ())):
             if row is None:
                 print(f"{job} failed; see its log in {args.runs_dir}", file=sys.stderr)
             else:
