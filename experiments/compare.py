@@ -6,8 +6,9 @@
     python -m experiments.compare --settings default --methods grpo gcpo --seeds 0 1
 
 Runs side by side have one thread each and are not compiled; more threads would wait for each other. A finished run is a row of
-<output-dir>/runs.csv and never repeated until that row is deleted. A killed one goes on from its folder in --runs-dir. The endpoint, fixed beforehand, is the mean of a run's last three
-evaluations. Writes runs.csv, comparison.csv (a row a method and setting) and comparison.png.
+<output-dir>/runs.csv and never repeated until that row is deleted. A killed one goes on from its folder in --runs-dir. The
+endpoint, fixed beforehand, is the mean of a run's last three evaluations. Writes runs.csv, comparison.csv (a row a method and
+setting) and comparison.png.
 """
 
 import csv
