@@ -54,7 +54,7 @@ SETTINGS = {
         "gcpo": "gcpo",
         "grpo, 300 iterations": "grpo --iterations 300",
     }),
-    "all-steps": ("--iterations 60 --ode-steps 1", {
+    "all-steps": ("--iterations 100 --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --min-chunk 4",
         "gcpo, chunks of 4": "gcpo --chunk-size 4",
