@@ -14,9 +14,9 @@ import rewards
 import sampler
 
 # The defaults in each script's Args are for the miniature. Everything else starts from the settings of its family; a flag
-# given on the command line always wins. Flow-GRPO's for SD3.5-medium (https://arxiv.org/abs/2505.05470): its `flow` kernel is
-# the one for a stock schedule, whose last but one sigma is 0.009: the std that `cps` and `ddim` then give the last trained
-# step is as small, and its gradient drowns the others.
+# given on the command line always wins. These are Flow-GRPO's for SD3.5-medium (https://arxiv.org/abs/2505.05470). Their
+# `flow` kernel is the one for a stock schedule, whose last but one sigma is 0.009: the std that `cps` and `ddim` then give the
+# last trained step is as small, and its gradient drowns the others.
 SD3 = dict(
     reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, eta=0.7, sde="flow", guidance=4.5, lr=3e-4,
     anneal_lr=False, clip=1e-4, beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40, eval_images=64,
