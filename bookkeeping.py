@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import make_image_grid
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -140,13 +139,13 @@ def replacing(path):
 
 
 def save_lora(pipe, run_dir):
-    """pytorch_lora_weights.safetensors, as StableDiffusion3Pipeline.load_lora_weights(run_dir) reads it."""
+    """pytorch_lora_weights.safetensors, as load_lora_weights(run_dir) of the family's stock pipeline reads it."""
     # diffusers' own file has two metadata entries, which safetensors writes in random order: other bytes every time. With
     # this one alone, which holds the LoRA's alpha, the same weights are the same bytes.
     config = {f"transformer.{name}": value for name, value in pipe.transformer.peft_config["default"].to_dict().items()}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True, default=sorted)}
     with replacing(run_dir / "pytorch_lora_weights.safetensors") as temporary:
-        StableDiffusion3Pipeline.save_lora_weights(
+        pipe.save_lora_weights(
             run_dir,
             transformer_lora_layers=lora_state(pipe),
             weight_name=temporary.name,
@@ -196,6 +195,7 @@ def peak_memory_mb(device):
 def load(args):
     """The reward's networks and the pipeline with a fresh LoRA; what cannot be loaded or does not fit ends the program."""
     try:
+        sampler.family_of(args.model)  # first, since a reward's networks may take minutes
         rewards.load(args.reward)
         pipe = sampler.load_pipeline(args)
     except ValueError as error:
@@ -246,13 +246,12 @@ class Run:
 
         Decided when a run starts, by its plan alone, since the same seed must give the same bytes; a resumed run follows.
         """
-        args, config = self.args, self.pipe.transformer.config
+        args = self.args
         if args.resume:
             compiled = json.loads((self.folder / "args.json").read_text()).get("compiled_blocks", False)
         else:
             latents = args.iterations * args.prompts * args.group_size * (2 * args.steps - args.ode_steps) // self.world
-            tokens = math.prod(sampler.latent_shape(self.pipe, args.resolution)[1:]) // config.patch_size**2
-            work = latents * tokens * sum(p.numel() for p in self.pipe.transformer.parameters())
+            work = latents * self.pipe.image_tokens * sum(p.numel() for p in self.pipe.transformer.parameters())
             compiled = work >= WORTH_COMPILING["cpu" if args.device == "cpu" else "cuda"]
         compiled = compiled and args.compile
         if self.rank == 0:
@@ -406,4 +405,4 @@ class Run:
         print(f"{'all':20} {held_out['base_score']:7.3f} -> {held_out['final_score']:7.3f}")
         print(f"{self.seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
         print(f"Look at it: tensorboard --logdir {folder.parent}, or {folder}/before.png and after.png")
-        print(f"Load it in diffusers: StableDiffusion3Pipeline.from_pretrained(...).load_lora_weights('{folder}')")
+        print(f"Load it in diffusers: {type(self.pipe).__name__}.from_pretrained(...).load_lora_weights('{folder}')")

@@ -37,7 +37,7 @@ from judges import geneval, geneval_benchmark
 @dataclass
 class Args:
     model: str = "tiny"
-    """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
+    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
     lora: str = ""
     """folder of a run; its model, reward, steps, guidance and so on are the defaults then. Empty: the model as it is"""
     reward: str = "shapes"
@@ -52,12 +52,14 @@ class Args:
     """share of the steps, from the first, in which the LoRA takes part"""
     eval_images: int = 864
     """images, the same number for every category"""
+    shift: float = 0.0
+    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
     guidance: float = 1.0
-    """classifier-free guidance scale; at most 1 is without"""
+    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
     resolution: int = 0
     """height and width of the images; 0 is the model's own"""
     text_length: int = 1
-    """rows that T5 adds to a prompt (zeros in a model without T5)"""
+    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
     micro_batch: int = 128
     """latents that go through the model at a time"""
     rank: int = 32

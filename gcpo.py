@@ -36,7 +36,7 @@ Chunk = namedtuple("Chunk", "b first size index weight")  # `size` steps of traj
 @dataclass
 class Args:
     model: str = "tiny"
-    """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
+    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
     reward: str = "shapes"
     """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
     prompt_file: str = ""
@@ -55,8 +55,10 @@ class Args:
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
     """transition kernel, see sampler.sde_step"""
+    shift: float = 0.0
+    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
     guidance: float = 1.0
-    """classifier-free guidance scale; at most 1 is without"""
+    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
     lr: float = 2e-3
     """learning rate of AdamW"""
     anneal_lr: bool = True
@@ -102,7 +104,7 @@ class Args:
     resolution: int = 0
     """height and width of the images; 0 is the model's own"""
     text_length: int = 1
-    """rows that T5 adds to a prompt (zeros in a model without T5)"""
+    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
     micro_batch: int = 128
     """latents that go through the model at a time (with guidance twice that)"""
     gradient_checkpointing: bool = False

@@ -1,5 +1,7 @@
 """What happens between noise and image: loading a pipeline, text, velocity, noise schedule, SDE step, decoding, ODE sampling.
 
+What is particular to a family of models is in families/, a file each.
+
 Notation, as in the algorithm scripts: noise levels sigmas[0] = 1 > ... > sigmas[T] = 0. Transition k moves x_k at
 sigma = sigmas[k] to x_{k+1} at sigma_next = sigmas[k + 1]. Papers count the other way: their x_T is our x_0 index.
 Latents are (B, C, H, W), scaled as the transformer sees them; images are (B, 3, H, W) in [0, 1].
@@ -9,25 +11,30 @@ import math
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns at import that torchvision is missing
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from safetensors import SafetensorError
 
+import families
 import miniature
 
 MODELS = {
     "tiny": str(miniature.FOLDER),
     "sd3": "stabilityai/stable-diffusion-3.5-medium",
     "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
 }
-LORA_TARGETS = [f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()]
 SDES = ("flow", "dance", "cps", "ddim")
+TEXT_CACHE = 4 << 30  # bytes of encoded prompts kept in CPU memory: of klein's 8 MB the 512 that a run encodes when it starts
+
+
+def family_of(model):
+    """The family, a file of families/, of a name in MODELS, folder or hub id; ValueError says in a sentence why there is none."""
+    return families.find(MODELS.get(model, model))
 
 
 def load_pipeline(args):
@@ -38,25 +45,21 @@ def load_pipeline(args):
     name, dtype = MODELS.get(args.model, args.model), getattr(torch, args.dtype)
     # On a GPU the text encoders are too large for float32 (T5 alone 19 GB); on a CPU there is room for exactness.
     dtypes = {"vae": torch.float32, "transformer": dtype, "default": torch.float32 if args.device == "cpu" else dtype}
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(name, dtype=dtypes, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        if Path(name).is_dir() or not isinstance(error, OSError):
-            raise ValueError(f"{name} could not be loaded as a StableDiffusion3Pipeline of safetensors files: {error}") from None
-        raise ValueError(
-            f"the weights of {name}, as safetensors, are neither on disk nor to be had ({type(error).__name__}); accept "
-            f"their licence on https://huggingface.co/{name}, run `hf auth login`, or take --model tiny, which needs no download"
-        ) from None
-    for module in (pipe.vae, pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-        if module is not None:
+    pipe = families.load(name, dtypes)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
-    factor = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    limit = pipe.transformer.config.pos_embed_max_size * factor
-    if args.resolution % factor or args.resolution > limit:
+    family = families.of(pipe)
+    fitting, size = family.resolutions(pipe), args.resolution or pipe.default_sample_size * pipe.vae_scale_factor
+    if size not in fitting:
         raise ValueError(
-            f"--resolution {args.resolution} must be a multiple of {factor} up to {limit} for this model, or 0 for its own"
+            f"--resolution {size} must be a multiple of {fitting.step} up to {fitting[-1]} for this model, or 0 for its own"
         )
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    pipe.image_tokens = (size // fitting.step) ** 2  # of one image, in the transformer
+    if args.shift:
+        constant = dict(shift=args.shift, use_dynamic_shifting=False)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **constant)
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, init_lora_weights="gaussian", target_modules=family.LORA_TARGETS)
     pipe.transformer.add_adapter(lora)
     cast_training_params(pipe.transformer, torch.float32)
     if args.gradient_checkpointing:
@@ -94,13 +97,13 @@ def even_batches(rows, micro_batch):
 
 def latent_shape(pipe, resolution=0):
     """(C, H, W) of the latents of one image; resolution 0 is the model's own."""
-    size = resolution // pipe.vae_scale_factor if resolution else pipe.transformer.config.sample_size
-    return pipe.transformer.config.in_channels, size, size
+    size = resolution // pipe.vae_scale_factor if resolution else pipe.default_sample_size
+    return pipe.vae.config.latent_channels, size, size
 
 
 @dataclass
 class Text:
-    """Encoded prompts, a row each, and the empty prompt that guidance contrasts them with."""
+    """Encoded prompts, a row each, and the empty prompt that classifier-free guidance contrasts them with."""
 
     embeds: torch.Tensor  # (P, L, D)
     pooled: torch.Tensor  # (P, E)
@@ -115,18 +118,15 @@ class Text:
 def encode(pipe, prompts, args):
     """Text of P prompts, each encoded once. The text encoders are on the device only while a prompt is new to them."""
     encoded = pipe.__dict__.setdefault("encoded_prompts", {})  # prompt -> (embeds (L, D), pooled (E,)), on the CPU
-    new = [p for p in dict.fromkeys([*prompts, ""]) if p not in encoded]
-    if len(encoded) + len(new) > 4096:  # a prompt of the full model is 2 MB
+    if sum(t.nbytes for tensors in encoded.values() for t in tensors) > TEXT_CACHE:
         encoded.clear()
-        new = list(dict.fromkeys([*prompts, ""]))
+    new = [p for p in dict.fromkeys([*prompts, ""]) if p not in encoded]
     if new:
-        text_encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
+        text_encoders = [m for name, m in pipe.components.items() if name.startswith("text_encoder") and m is not None]
         for encoder in text_encoders:
             encoder.to(args.device)
         for prompt in new:  # one by one: rounding depends on a batch's size, and a resumed run knows other prompts already
-            options = dict(do_classifier_free_guidance=False, max_sequence_length=args.text_length, device=args.device)
-            embeds, _, pooled, _ = pipe.encode_prompt(prompt, None, None, **options)
-            encoded[prompt] = embeds[0].cpu(), pooled[0].cpu()
+            encoded[prompt] = [t[0].cpu() for t in families.of(pipe).encode(pipe, prompt, args.text_length, args.device)]
         if args.device != "cpu":
             for encoder in text_encoders:
                 encoder.to("cpu")
@@ -136,8 +136,9 @@ def encode(pipe, prompts, args):
 
 
 def velocity(pipe, x, sigma, text, args):
-    """v_theta(x, sigma, prompt) (B, C, H, W) in float32, with classifier-free guidance applied; sigma is (B,)."""
-    dtype, rows, guided = getattr(torch, args.dtype), len(x), args.guidance > 1
+    """v_theta(x, sigma, prompt) (B, C, H, W) in float32, with guidance applied; sigma is (B,)."""
+    family, dtype, rows = families.of(pipe), getattr(torch, args.dtype), len(x)
+    guided = args.guidance > 1 and family.contrasts(pipe)
     if rows == 1:  # alone a row goes through other kernels, which round otherwise
         x, sigma, text = x.expand(2, -1, -1, -1), sigma.expand(2), text.rows([0, 0])
     embeds, pooled = text.embeds, text.pooled
@@ -150,7 +151,7 @@ def velocity(pipe, x, sigma, text, args):
     if compiled:  # inputs that want gradients, as later blocks' do: else the first block would need a graph of its own
         x, embeds = x.detach().requires_grad_(), embeds.detach().requires_grad_()
     with torch.set_grad_enabled(wanted or compiled), torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        v = pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0].float()
+        v = family.velocity(pipe, x, sigma, embeds, pooled, args.guidance).float()
     if guided:
         v_empty, v = v.chunk(2)
         v = v_empty + args.guidance * (v - v_empty)
@@ -161,8 +162,7 @@ def schedule(pipe, steps, device="cpu"):
     """The pipeline's own noise levels (T + 1,): sigmas[0] = 1 > ... > sigmas[T] = 0."""
     if steps == 1:  # of which a scheduler with shift_terminal makes 0 / 0
         return torch.tensor([1.0, 0.0], device=device)
-    pipe.scheduler.set_timesteps(steps)
-    return pipe.scheduler.sigmas.to(device)
+    return families.of(pipe).schedule(pipe, steps).to(device)
 
 
 def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
@@ -199,12 +199,11 @@ def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
 @torch.no_grad()
 def decode(pipe, latents):
     """Images (B, 3, H, W) in [0, 1] on the CPU, decoded in bfloat16 where that is native."""
-    vae = pipe.vae
     images = []
     for z in latents.split(32):  # of the miniature, what stays in a processor's cache; on a GPU the VAE slices further
-        z = z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        z = families.of(pipe).to_vae(pipe, z)
         with torch.autocast(z.device.type, pipe.transformer.dtype, enabled=pipe.transformer.dtype != torch.float32):
-            image = vae.decode(z, return_dict=False)[0]
+            image = pipe.vae.decode(z, return_dict=False)[0]
         images.append((image.float() / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(images)
 

@@ -43,6 +43,7 @@ import gcpo
 import grpo
 import sampler
 import stepwise_grpo
+from experiments import random_weights
 
 SCRIPTS = {"grpo": grpo, "gcpo": gcpo, "stepwise_grpo": stepwise_grpo}
 ROOT = Path(__file__).parent.parent
@@ -54,46 +55,18 @@ class Args:
     model: str = "tiny"
     """as in the scripts"""
     random_weights: bool = False
-    """a transformer and VAE of Stable Diffusion 3.5 medium's size with random weights and random text, instead of --model's"""
+    """a transformer and VAE of the size of --model, sd3 (3.5 medium), flux or klein, with random weights and random text"""
     iterations: int = 4
     """measured iterations of each script; one more warms up"""
     against: str = ""
     """folder of another checkout, whose grpo.py is run in turns with this one's"""
 
 
-def random_sd3(folder):
-    """Saves a randomly initialised pipeline of Stable Diffusion 3.5 medium's size, with small text encoders."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    from miniature import pretrain  # its text encoders, which are run once a prompt and not what is measured
-
-    miniature = pretrain.build_pipeline()
-    config = dict(
-        sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536, out_channels=16,
-        joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
-        dual_attention_layers=tuple(range(13)),
-    )  # fmt: skip
+def random_model(family, folder):
+    """Saves an untrained pipeline of the family's full size, with small text encoders, which are run once a prompt."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(**config).bfloat16()
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, use_quant_conv=False,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
-        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
-    )  # fmt: skip
-    for part in ("", "_2"):  # as long as the real captions
-        getattr(miniature, f"tokenizer{part}").model_max_length = 77
-        getattr(miniature, f"text_encoder{part}").config.max_position_embeddings = 77
-    parts = {name: getattr(miniature, name) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")}
-    for name, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
-        encoder = getattr(miniature, name)
-        encoder.config.projection_dim = width
-        parts[name] = type(encoder)(encoder.config)
-    parts["text_encoder_3"] = type(miniature.text_encoder_3)(
-        type(miniature.text_encoder_3.config)(vocab_size=8, d_model=4096, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts).save_pretrained(folder)
+        transformer = random_weights.transformer(family).bfloat16()
+    random_weights.pipeline(family, transformer, random_weights.vae(family)).save_pretrained(folder)
 
 
 def medians(functions, repeats):
@@ -253,10 +226,12 @@ if __name__ == "__main__":
         arguments.fail("--iterations must be at least 1")
     if args.against and not (Path(args.against) / "grpo.py").exists():
         arguments.fail(f"--against {args.against} is not a checkout: it has no grpo.py")
+    if args.random_weights and args.model not in random_weights.FULL:
+        arguments.fail(f"--random-weights needs a --model of {', '.join(random_weights.FULL)}")
     workspace = tempfile.TemporaryDirectory()
     if args.random_weights:
-        args.model = f"{workspace.name}/sd3"
-        random_sd3(args.model)
+        args.model, family = f"{workspace.name}/{args.model}", args.model
+        random_model(family, args.model)
     parsed = script_args("grpo", args)
     print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{workspace.name}/cache"  # empty: the first compiled run starts cold

@@ -43,7 +43,7 @@ from experiments.estimates import CREDIT, GRADIENT, by_chunk, centred, credit_st
 @dataclass
 class Args:
     model: str = "tiny"
-    """tiny, sd3, sd3-medium, a local folder or a hub id of a StableDiffusion3Pipeline"""
+    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
     lora: str = ""
     """folder of a run; its model, reward, steps, sde and so on are the defaults then. Empty: the model as it is"""
     reward: str = "shapes"
@@ -64,8 +64,10 @@ class Args:
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
     """transition kernel, see sampler.sde_step"""
+    shift: float = 0.0
+    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
     guidance: float = 1.0
-    """classifier-free guidance scale; at most 1 is without"""
+    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
     substeps: tuple[int, ...] = (1, 3)
     """T' of the estimates of a state's reward, see stepwise_grpo.py"""
     min_chunk: int = 2
@@ -75,7 +77,7 @@ class Args:
     resolution: int = 0
     """height and width of the images; 0 is the model's own"""
     text_length: int = 1
-    """rows that T5 adds to a prompt (zeros in a model without T5)"""
+    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
     rank: int = 32
     """rank of the LoRA"""
     micro_batch: int = 128

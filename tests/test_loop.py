@@ -160,7 +160,7 @@ def test_stepwise_draws_and_judges_what_grpo_does(ode_steps, tmp_path):
 
 
 FLAGS = {
-    "grpo": ["--no-global-std", "--guidance 3", "--eta 0.5"],
+    "grpo": ["--no-global-std", "--guidance 3", "--shift 6", "--eta 0.5"],
     "gcpo": ["--no-global-std", "--chunk-size 3", "--distance cosine --min-chunk 1", "--chunk-size 1 --chunk-fraction 0.5"],
     "stepwise_grpo": ["--normalize step", "--substeps 3", "--substeps 3 --sde flow"],
 }

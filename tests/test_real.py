@@ -100,7 +100,7 @@ def test_presets_give_way_to_flags(monkeypatch):
     assert (args.resolution, args.steps, args.lr, args.clip, args.rank) == (512, 10, 3e-4, 1e-4, 32)
     assert args.guidance == 7 and not args.gradient_checkpointing
     assert parse().resolution == 0
-    assert arguments.preset_of("tiny") == arguments.PRESETS["tiny"] != arguments.preset_of("somewhere/else")
+    assert arguments.preset_of("tiny") == arguments.PRESETS["tiny"] != arguments.preset_of("sd3")
 
 
 def test_help_shows_the_defaults_of_the_model(monkeypatch, capsys):
