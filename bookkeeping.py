@@ -22,7 +22,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import make_image_grid
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -193,7 +193,7 @@ def peak_memory_mb(device):
 
 
 def load(args):
-    """The reward's networks and the pipeline with a fresh LoRA; what cannot be loaded or does not fit ends the program."""
+    """The reward's networks and the pipeline with a fresh LoRA or that of the run args.lora; what does not fit ends the program."""
     try:
         sampler.family_of(args.model)  # first, since a reward's networks may take minutes
         rewards.load(args.reward)
@@ -203,6 +203,12 @@ def load(args):
     size = args.resolution or sampler.latent_shape(pipe)[-1] * pipe.vae_scale_factor
     if "shapes" in rewards.weights(args.reward) and size != shapes.SIZE:
         fail(f"--reward shapes judges {shapes.SIZE} x {shapes.SIZE} images, which this model does not make; take another reward")
+    if getattr(args, "lora", ""):
+        try:
+            weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
+            set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
+        except Exception as error:
+            fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     return pipe
 
 

@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import arguments
@@ -146,12 +145,6 @@ if __name__ == "__main__":
     folder = Path(args.output_dir)
     bookkeeping.require_writable(folder)
     pipe = bookkeeping.load(args)
-    if args.lora:
-        try:
-            weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
-            bookkeeping.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
-        except Exception as error:
-            arguments.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     folder.mkdir(parents=True, exist_ok=True)
     tuned_steps = round(args.hybrid * args.steps)
     evaluate, name = (benchmark, args.benchmark) if args.benchmark else (bookkeeping.evaluate, "evaluation")

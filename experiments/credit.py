@@ -26,7 +26,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import arguments
@@ -168,12 +167,6 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     folder = Path(args.output_dir)
     pipe = bookkeeping.load(args)
-    if args.lora:
-        try:
-            weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
-            bookkeeping.set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
-        except Exception as error:
-            arguments.fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     B, G, S = args.images, args.group_size, args.steps - args.ode_steps
     P, generator = B // G, torch.Generator().manual_seed(args.seed)
     score = rewards.build(args.reward).score
