@@ -277,7 +277,7 @@ def test_the_covariance_of_continuations_is_the_slope_of_the_value(seeds):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_weighted_gradients_are_those_of_each_sample(guidance):
-    args = SimpleNamespace(model="tiny", dtype="float32", device="cpu", rank=2, resolution=0, gradient_checkpointing=False)
+    args = SimpleNamespace(model="tiny", dtype="float32", device="cpu", rank=2, resolution=0, gradient_checkpointing=False, shift=0)
     args.text_length, args.guidance = 1, guidance
     torch.manual_seed(0)
     pipe = sampler.load_pipeline(args)
@@ -326,7 +326,7 @@ def test_a_run_writes_its_files_and_takes_the_settings_of_a_lora(tmp_path, capsy
     lora = tmp_path / "run"
     lora.mkdir()
     (lora / "args.json").write_text(json.dumps(dict(model="tiny", reward="shapes", steps=4, sde="ddim", rank=2, group_size=8)))
-    args = SimpleNamespace(model="tiny", dtype="float32", device="cpu", rank=2, resolution=0, gradient_checkpointing=False)
+    args = SimpleNamespace(model="tiny", dtype="float32", device="cpu", rank=2, resolution=0, gradient_checkpointing=False, shift=0)
     bookkeeping.save_lora(sampler.load_pipeline(args), lora)
     run("--lora", str(lora), "--output-dir", str(tmp_path / "out"))
     printed = capsys.readouterr().out
