@@ -60,7 +60,7 @@ def parse_args():
 
 def copy_project(folder):
     """What a training run needs, without the course."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("judges/*.txt")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("judges/*.txt"), *ROOT.glob("judges/*.json")]:
         if path.parent.name not in ("tests", "assignments"):
             (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
@@ -111,15 +111,17 @@ def grade_part(part, submission, limit):
     """Points and messages of one part's tests. Where its process is ended, the results until then count."""
     with tempfile.TemporaryDirectory(prefix="grade-") as folder:
         folder = Path(folder)
-        if submission == HERE / "reference.py":
-            copy_project(folder)  # other submissions find no script to import
+        patience = limit + GRACE
+        if submission == HERE / "reference.py":  # other submissions find no script to import
+            copy_project(folder)
+            patience = max(START, patience)
         for path in [*HERE.glob("tests/*.py"), HERE / "bugs.py"]:
             shutil.copy(path, folder)
         shutil.copy(submission, folder / "student.py")
         pipe = os.pipe()
         command = [sys.executable, "-B", "guard.py", str(OUTPUT), "run_part.py"]
         command += [str(part), str(pipe[1]), str(limit), submission.name]
-        *lines, ended = watch(command, folder, pipe, limit + GRACE, {"OMP_NUM_THREADS": "1"})
+        *lines, ended = watch(command, folder, pipe, patience, {"OMP_NUM_THREADS": "1"})
         printed = (folder / "output.txt").read_bytes()
     if not lines:
         raise SystemExit(f"the tests of part {part} could not be started: {ended}\n{printed.decode(errors='replace')[-2000:]}")
