@@ -1,9 +1,9 @@
-"""Three silent bugs: each changes one line of grpo.py, which still runs, and learns worse.
+"""Three silent bugs: each changes one line of grpo.py, which still runs, but learns worse or nothing.
 
-    python assignments/bugs.py 1 --iterations 30       # flags are grpo.py's; a run without the bug is: python grpo.py ...
+    python assignments/bugs.py 1 --iterations 10       # flags are grpo.py's; a run without the bug is: python grpo.py ...
 
-The changed script is written to runs/bugs/bug_1.py: read that file and its TensorBoard page. This file is the key: a student
-who reads on ends the exercise.
+The changed script is written to runs/bugs/bug_1.py: look at its TensorBoard page, then read that file. This file is the key: a
+student who reads on ends the exercise.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Grades submissions: every part's tests in a process of their own, in a temporary copy, with a time limit a test.
+"""Grades submissions: every part's tests in a process of their own, in a temporary copy, with a time limit for each test.
 
     python assignments/grade.py                                  # your assignments/student.py
     python assignments/grade.py --only 3                         # one part
@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PARTS = {1: "likelihood", 2: "group advantages", 3: "ratio and clip", 4: "chunks", 5: "gains", 6: "measuring credit"}
 BAR_POINTS = 5
+GRACE = 5  # seconds beyond its limit that a test has to be interrupted in, before its process is ended
 START = 180  # seconds for Python, torch and, with --solution, the scripts to be imported
 OUTPUT = 1  # megabytes that a part may print
 TRAIN_OUTPUT = 64  # and a training run may print or save in one file
@@ -59,7 +60,7 @@ def parse_args():
 
 def copy_project(folder):
     """What a training run needs, without the course."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("judges/*.txt")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("judges/*.txt"), *ROOT.glob("judges/*.json")]:
         if path.parent.name not in ("tests", "assignments"):
             (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / path.relative_to(ROOT))
@@ -107,28 +108,29 @@ def watch(command, folder, pipe, limit, environment=()):
 
 
 def grade_part(part, submission, limit):
-    """Points and messages of one part's tests. A part whose process does not come to its end gets none."""
+    """Points and messages of one part's tests. Where its process is ended, the results until then count."""
     with tempfile.TemporaryDirectory(prefix="grade-") as folder:
         folder = Path(folder)
-        if submission == HERE / "reference.py":
-            copy_project(folder)  # other submissions find no script to import
+        patience = limit + GRACE
+        if submission == HERE / "reference.py":  # other submissions find no script to import
+            copy_project(folder)
+            patience = max(START, patience)
         for path in [*HERE.glob("tests/*.py"), HERE / "bugs.py"]:
             shutil.copy(path, folder)
         shutil.copy(submission, folder / "student.py")
         pipe = os.pipe()
-        command = [sys.executable, "-B", "guard.py", str(OUTPUT), "run_part.py", str(part), str(pipe[1])]
-        *lines, ended = watch(command, folder, pipe, limit, {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-B", "guard.py", str(OUTPUT), "run_part.py"]
+        command += [str(part), str(pipe[1]), str(limit), submission.name]
+        *lines, ended = watch(command, folder, pipe, patience, {"OMP_NUM_THREADS": "1"})
         printed = (folder / "output.txt").read_bytes()
     if not lines:
         raise SystemExit(f"the tests of part {part} could not be started: {ended}\n{printed.decode(errors='replace')[-2000:]}")
     tests, *messages = map(json.loads, lines)
-    if not messages or messages.pop() != "end":
+    if messages[-1:] != ["end"]:
         running = tests[min(len(lines) - 1, len(tests) - 1)][0]
         flood = f"more than {OUTPUT} MB was printed or written; " if len(printed) >= OUTPUT * 2**20 else ""
-        ended = (
-            f"no points for part {part}: {flood}{ended or 'the process was ended (sys.exit or os._exit?)'} This was at: {running}"
-        )
-        messages = [ended] * len(tests)
+        ended = f"no points from here on: {flood}{ended or 'the process was ended (sys.exit or os._exit?)'} This was at: {running}"
+        messages += [ended] * (len(tests) - len(messages))
     elif len(printed) >= OUTPUT * 2**20:
         messages = [f"no points for part {part}: more than {OUTPUT} MB was printed or written"] * len(tests)
     return [dict(test=test, of=of, points=0 if message else of, message=message) for (test, of), message in zip(tests, messages)]

@@ -59,7 +59,7 @@ ANSWERS = {
     "log_ratio_mean": "-(d**2) / 2",
     "log_ratio_std": "d / sqrt(D)",
     "step_weight": "1 / (K * c)",
-    "step_weight_over_grpo": "S / (K * c)",
+    "product_weight_over_grpo": "S / K",
     "mean_gain": "(R_S - R_0) / S",
     "ddim_std_over_cps": "eta * sqrt(1 - sigma) / sin(eta * pi / 2)",
     "uniform_gradient_mean": "a",

@@ -5,7 +5,7 @@
 
 Notation: step k moves x_k at noise level sigma to x_{k+1} at sigma_next < sigma. B images in groups of G images of one prompt,
 group-major: the first G rows are the first group. S trained steps. Tensors are batch-first; the answer has the dtype and the
-device of the inputs, and no input is changed.
+device of the inputs (float64 stays float64), and no input is changed.
 """
 
 # Part 1: the likelihood of a step
@@ -17,7 +17,7 @@ def posterior_mean(v, x, sigma):
 
 
 def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
-    """Mean (B, ...) and std (B, 1, ...) of x_{k+1} ~ N(mean, std² I) given x_k, in float32 or better.
+    """Mean (B, ...) and std (B, 1, ...) of x_{k+1} ~ N(mean, std² I) given x_k, in float32 or better (float64 stays float64).
 
     v and x are (B, ...), sigma and sigma_next (B,), sigma_max and eta floats; sde is "flow", "dance", "cps" or "ddim". Where
     sigma is 1, the s of the table on the sheet is sigma_max.
@@ -60,7 +60,10 @@ def clipped_loss(ratio, advantages, clip):
 
 
 def stopped_fraction(ratio, advantages, clip):
-    """Share, a scalar, of the samples whose clipped_loss has gradient 0 because of the clip; ratio and advantages are (N,)."""
+    """Share, a scalar, of the samples whose clipped_loss has gradient 0 because of the clip; ratio and advantages are (N,).
+
+    It is a share of all N. With an advantage of 0 there is no gradient to begin with, so such a sample is not stopped.
+    """
     raise NotImplementedError("part 3: write stopped_fraction, the share of samples that the clip holds back")
 
 
@@ -86,7 +89,7 @@ def relative_distance(trajectory, distance="l1"):
 
 
 def adaptive_chunks(curve, min_chunk=4):
-    """List of chunk sizes that follow a distance curve (S,), none above min_chunk. The rule is on the sheet."""
+    """List of chunk sizes, none above min_chunk, that follow a distance curve, a numpy array (S,). The rule is on the sheet."""
     raise NotImplementedError("part 4: write adaptive_chunks, which cuts a curve where it turns")
 
 
@@ -151,7 +154,7 @@ ANSWERS = {
     "bug_3_line": "",
     "bug_3_symptom": "",
     "step_weight": "",  # part 4
-    "step_weight_over_grpo": "",
+    "product_weight_over_grpo": "",
     "mean_gain": "",  # part 5
     "ddim_std_over_cps": "",
     "uniform_gradient_mean": "",  # part 6

@@ -5,7 +5,8 @@
     python assignments/train.py 4 --functions my.py      # another file than assignments/student.py
     python assignments/train.py 4 --solution             # the reference solution
 
-Scripts and flags of the parts are in bars.json. Functions of earlier parts that you have not written stay the script's own.
+Scripts and flags of the parts are in bars.json. Functions of earlier parts that you have not written stay the script's own. So
+does `ratio`, which is a line of the script's loop.
 """
 
 import argparse
@@ -131,9 +132,10 @@ def main():
     run_script(bar["script"], functions, [*bar["flags"], *args.flags, "--output-dir", str(args.output_dir)])
     score = json.loads((args.output_dir / "result.json").read_text())["final_score"]
     draw(reward_curve(args.output_dir), bar["curve"], args.output_dir / "curve.png")
-    print(f"Your curve beside the reference's: {args.output_dir / 'curve.png'}")
+    beside = "beside the reference's" if bar["curve"] else "alone"
+    print(f"Your curve, {beside}: {args.output_dir / 'curve.png'}")
     if bar["bar"] is None:
-        print("The bar of this part has not been measured yet.")
+        print(f"There is no bar and no reference's curve: python assignments/bars.py {args.part} measures them.")
     elif not args.flags:
         print(f"Held-out score {score:.3f}, the bar is {bar['bar']:.3f}: {'reached' if score >= bar['bar'] else 'not reached'}")
 

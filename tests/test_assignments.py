@@ -61,6 +61,13 @@ def test_the_file_as_handed_out_gets_no_points_and_is_told_what_to_write(tmp_pat
     assert all(message.startswith(("part ", "answer ANSWERS")) for message in said)
 
 
+def test_an_assertion_of_the_submission_counts_as_wrong():
+    def gains(rewards):
+        raise AssertionError
+
+    assert messages(5, gains=gains)[0].startswith("AssertionError in the test")
+
+
 def test_the_reference_is_graded_in_processes_of_its_own(tmp_path):
     assert grade(tmp_path, "--solution", "--only", "4")[1][0]["points"] == 17
 
@@ -81,6 +88,13 @@ def step(mean=lambda mean, std, v, x, dt: mean, std=lambda std, sigma, sigma_nex
         return mean(m, s, v, x, sigma_next - sigma), std(s, sigma, sigma_next)
 
     return sde_step
+
+
+def wrong_end(v, x, sigma, sigma_next, sigma_max, eta, sde):
+    """sde_step with the estimate of the image in the drift of flow and dance, in place of the noise's."""
+    mean, std = r.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
+    dt = on(sigma_next - sigma, x)
+    return (mean, std) if sde in ("cps", "ddim") else (x + v * dt - std**2 / (2 * on(sigma, x)) * (x - on(sigma, x) * v), std)
 
 
 def density(z_scale=1.0, constant=1.0, log_scale=1.0, square=0.5, over=lambda t: t.flatten(1).mean(1)):
@@ -122,9 +136,21 @@ def normalized(over=None, centre=True, limit=5, joint=(1, 2)):
     return gain_advantages
 
 
-def image_major(rewards, group_size, global_std=False):
+def image_major(rewards, group_size, global_std=False, transposed=False):
     groups = rewards.view(group_size, -1)
-    return ((groups - groups.mean(0)) / (groups.std(0) + 1e-4)).clamp(-5, 5).flatten()
+    result = ((groups - groups.mean(0)) / (groups.std(0) + 1e-4)).clamp(-5, 5)
+    return (result.T if transposed else result).flatten()
+
+
+def image_major_gains(transposed):
+    """gain_advantages of gains regrouped by view(G, -1, S), put back in their order or left transposed."""
+
+    def gain_advantages(gains, group_size, normalize="joint"):
+        S = gains.shape[1]
+        result = r.gain_advantages(gains.view(group_size, -1, S).transpose(0, 1).reshape(-1, S), group_size, normalize)
+        return result if transposed else result.view(-1, group_size, S).transpose(0, 1).flatten(0, 1)
+
+    return gain_advantages
 
 
 def chunk(reduce):
@@ -172,6 +198,22 @@ def value(first=lambda k: k, last=0, copies=lambda x, m: x.repeat_interleave(m, 
     return value_of_state
 
 
+def sde_step_without_reshape(v, x, sigma, sigma_next, *rest):
+    """sde_step as the formulas read, when sigma (B,) meets x (B, 1)."""
+    return tuple(t + 0 * sigma for t in r.sde_step(v, x, sigma, sigma_next, *rest))
+
+
+def stopped(at_zero):
+    """stopped_fraction that counts samples of advantage 0 above the clip, or on both sides."""
+
+    def stopped_fraction(ratio, A, clip):
+        above, below = ratio > 1 + clip, ratio < 1 - clip
+        zero = (A == 0) & ((above | below) if at_zero == "both" else above)
+        return ((A > 0) & above | (A < 0) & below | zero).to(A.dtype).mean()
+
+    return stopped_fraction
+
+
 def clipped(low, high, take=torch.maximum):
     return lambda ratio, A, clip: take(-A * ratio, -A * ratio.clamp(low(clip), high(clip)))
 
@@ -191,6 +233,8 @@ WRONG = [
     (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: x + v * dt)), "full sigma_next of old noise is kept"),
     (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: 2 * (x + v * dt) - m)), "drift has the wrong sign"),
     (1, dict(sde_step=step(mean=lambda m, std, v, x, dt: 2 * m - (x + v * dt))), "factor 1/2 is missing"),
+    (1, dict(sde_step=wrong_end), "x0_hat in place of x1_hat in the drift"),
+    (1, dict(sde_step=sde_step_without_reshape), "reshape it to (3, 1)"),
     (1, dict(sde_step=lambda v, x, s, n, _, *rest: r.sde_step(v, x, s, n, 1.0, *rest)), "use sigma_max in 1 - s there"),
     (1, dict(sde_step=lambda v, x, *rest: tuple(t.to(x.dtype) for t in r.sde_step(v, x, *rest))), "computes in bfloat16"),
     (1, dict(log_prob=density(over=lambda t: t.flatten(1).sum(1))), "sum over the dimensions: take the mean"),
@@ -201,6 +245,7 @@ WRONG = [
     (1, dict(log_prob=density(square=1)), "factor 1/2 before the square is missing"),
     (1, dict(log_prob=lambda *args: r.log_prob(*args).detach()), "no gradient flows"),
     (1, dict(log_prob=lambda *args: r.log_prob(*args).float().to(torch.float32)), "keep the dtype"),
+    (1, dict(log_prob=lambda *args: r.log_prob(*args).float()), "differs by float32 rounding only"),
     (1, dict(log_prob=lambda *args: r.log_prob(*args) + torch.zeros(len(args[0]), dtype=args[0].dtype)), "without device="),
     (1, dict(expected_log_prob="-log(2*pi)/2 - log(std)"), "the density at the mean"),
     (1, dict(expected_log_prob="__import__('os').system('true')"), "cannot be evaluated"),
@@ -211,6 +256,7 @@ WRONG = [
     (2, dict(group_advantages=advantages(mean=lambda g: 0)), "not centred"),
     (2, dict(group_advantages=advantages(std=lambda g, _: 1)), "not divided by the std"),
     (2, dict(group_advantages=image_major), "rows of a group were taken apart"),
+    (2, dict(group_advantages=lambda *args: image_major(*args, transposed=True)), "view(G, -1).T?"),
     (2, dict(group_advantages=advantages(sign=-1)), "a better image has a larger advantage"),
     (2, dict(group_advantages=lambda rewards, size, _=False: r.group_advantages(rewards, size)), "the std is still the group's"),
     (2, dict(group_advantages=advantages(std=lambda g, _: g.std(1, keepdim=True), spread=False)), "gives NaN"),
@@ -233,8 +279,12 @@ WRONG = [
     (3, dict(clipped_loss=lambda *args: -r.clipped_loss(*args)), "an optimizer minimizes the loss"),
     (3, dict(clipped_loss=lambda ratio, A, clip: -A * ratio), "never clipped"),
     (3, dict(stopped_fraction=lambda ratio, A, clip: ((ratio - 1).abs() > clip).to(A.dtype).mean()), "still have a gradient"),
+    (3, dict(stopped_fraction=stopped("both")), "samples of advantage 0 are counted"),
+    (3, dict(stopped_fraction=stopped("above")), "one sample of advantage 0 in two is counted"),
+    (3, dict(stopped_fraction=lambda *args: r.stopped_fraction(*(a[args[1] != 0] for a in args[:2]), args[2])), "one of all"),
     (3, dict(log_ratio_std="d"), "varies less"),
     (3, dict(bug_1_line="loss.backward()"), "bug 1 is not in this line"),
+    (3, dict(bug_1_line=bugs.BUGS[1].line), "the line as it should be"),
     (3, dict(bug_2_symptom="b"), "its symptom is not 'b'"),
     (4, dict(fixed_chunks=lambda steps, size: [size] * (steps // size)), "the remainder is dropped"),
     (4, dict(fixed_chunks=lambda steps, size: r.fixed_chunks(steps, size)[::-1]), "the remainder comes last"),
@@ -247,8 +297,10 @@ WRONG = [
     (4, dict(adaptive_chunks=adaptive(shift=1)), "one step late"),
     (4, dict(adaptive_chunks=adaptive(recurse=False)), "longer than min_chunk"),
     (4, dict(adaptive_chunks=adaptive(halve=lambda size: [1])), "not two halves"),
+    (4, dict(adaptive_chunks=adaptive(halve=lambda size: [(size + 1) // 2])), "of which the first has 7 // 2 steps"),
     (4, dict(step_weight="1/S"), "GRPO's weight"),
     (4, dict(step_weight="c/K"), "multiplied by c"),
+    (4, dict(product_weight_over_grpo="S/(K*c)"), "the geometric mean's"),
     (5, dict(gains=lambda rewards: -r.gains(rewards)), "a step that raises the reward gains"),
     (5, dict(gains=lambda rewards: r.gains(rewards).roll(1, 1)), "shifted by one step"),
     (5, dict(gains=lambda rewards: rewards[:, 1:] - rewards[:, :1]), "the gain since the start"),
@@ -256,6 +308,8 @@ WRONG = [
     (5, dict(gain_advantages=normalized(joint=(1,))), "per step, not jointly"),
     (5, dict(gain_advantages=normalized(joint=(2,))), "images are no longer compared"),
     (5, dict(gain_advantages=normalized(joint=(0, 1, 2))), "those of all images"),
+    (5, dict(gain_advantages=image_major_gains(False)), "rows of a group were taken apart: the first"),
+    (5, dict(gain_advantages=image_major_gains(True)), "view(G, -1, S) transposed?"),
     (5, dict(gain_advantages=normalized(centre=False)), "gains are not centred"),
     (5, dict(gain_advantages=normalized(over=(1, 2))), "the joint normalization: mean and std are per step here"),
     (5, dict(gain_advantages=normalized(limit=99)), "clamped to ±5"),
@@ -294,24 +348,26 @@ def test_a_formula_is_never_run_as_code(text):
 # Hostile submissions
 
 HOSTILE = {
-    "loop": ("while True: pass", "endless loop"),
-    "exit": ("import os; os._exit(0)", "os._exit"),
-    "crash": ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
-    "flood": ("while True: print('x' * 2**20)", "printed"),
-    "writes": ("open('{root}/grpo.py', 'a').write('#')", "may write only in its own folder"),
-}
+    "loop": ("while True: pass", "TimeoutError in line 11, `while True: pass`: it took longer than 5 seconds", 4),
+    "stubborn": ("import signal; signal.signal(14, signal.SIG_IGN)\n    while True: pass", "endless loop", 2),
+    "exit": ("import os; os._exit(0)", "os._exit", 2),
+    "crash": ("import ctypes; ctypes.string_at(0)", "SIGSEGV", 2),
+    "flood": ("while True: print('x' * 2**20)", "printed", 0),
+    "writes": ("open('{root}/grpo.py', 'a').write('#')", "may write only in its own folder", 4),
+}  # what a function does, what is said, the points that the others' tests of its part keep
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_submission_loses_its_own_points_alone(kind, tmp_path):
-    attack, said = HOSTILE[kind]
+    attack, said, kept = HOSTILE[kind]
     before = {path: path.read_bytes() for path in [*ROOT.glob("*.py"), *COURSE.rglob("*.py")]}
     good = "def ratio(new, old):\n    return (new - old).exp()\n\ndef gains(rewards):\n    return rewards.diff(dim=1)\n"
-    source = f"import torch\nANSWERS = {{}}\n\n{good}\ndef clipped_loss(ratio, advantages, clip):\n    {attack}\n"
+    source = f"import torch\nANSWERS = dict(log_ratio_mean='-d**2/2', log_ratio_std='d/sqrt(D)')\n\n{good}\n"
+    source += f"def clipped_loss(ratio, advantages, clip):\n    {attack}\n"
     (tmp_path / "submission.py").write_text(source.replace("{root}", str(ROOT)))
     printed, (result,) = grade(tmp_path, "submission.py", "--only", 3, "--only", 5, "--limit", 5)
     assert said in printed and result["parts"]["5"]["points"] == 4
-    assert result["parts"]["3"]["points"] == (2 if kind == "writes" else 0)
+    assert result["parts"]["3"]["points"] == kept
     assert before == {path: path.read_bytes() for path in before}
     assert {path.name for path in tmp_path.iterdir()} == {"submission.py", "grade.json"}
 
@@ -321,7 +377,8 @@ def test_a_folder_of_submissions_becomes_a_table(tmp_path):
     folder.mkdir()
     (folder / "ada.py").write_text("def gains(rewards):\n    return rewards.diff(dim=1)\n")
     (folder / "bob.py").write_text("this is no Python\n")
-    grade(tmp_path, folder, "--only", 5, "--csv", "grades.csv")
+    printed, _ = grade(tmp_path, folder, "--only", 5, "--csv", "grades.csv")
+    assert "bob.py cannot be imported: SyntaxError in line 1, `this is no Python`" in printed
     assert (tmp_path / "grades.csv").read_text().split() == ["submission,part", "5,points,of", "ada.py,4,4,15", "bob.py,0,0,15"]
 
 
@@ -383,7 +440,7 @@ def test_a_bug_whose_line_is_gone_says_so():
 
 
 def test_the_training_bar_is_graded_in_a_copy(tmp_path):
-    for part in ("*.py", "*/*.py", "judges/*.txt", "assignments/*.json"):
+    for part in ("*.py", "*/*.py", "judges/*.txt", "*/*.json"):
         for path in ROOT.glob(part):
             (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, tmp_path / path.relative_to(ROOT))

@@ -20,10 +20,14 @@ def worth(points):
     return mark
 
 
+class Wrong(AssertionError):
+    """What a test says; an AssertionError that is none of these comes from the submission's own code."""
+
+
 def holds(condition, message):
     """Unlike assert, says in words what is expected."""
     if not condition:
-        raise AssertionError(message)
+        raise Wrong(message)
 
 
 def randn(*shape, seed=0):
@@ -41,6 +45,8 @@ def same(what, got, expected, mistakes=None, tolerance=1e-8):
 
     if is_close(expected):
         return
+    rounded = got.shape == expected.shape and tolerance < 1e-5 and torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    holds(not rounded, f"{what} differs by float32 rounding only: do not cast float64 down")
     for mistake, value in (mistakes or {}).items():
         holds(not is_close(torch.as_tensor(value).detach().double()), f"{what} looks like {mistake}")
     holds(got.shape == expected.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
@@ -49,7 +55,7 @@ def same(what, got, expected, mistakes=None, tolerance=1e-8):
     worst = np.unravel_index(int(difference.argmax()), difference.shape)
     place = f" at {tuple(int(i) for i in worst)}" if difference.ndim else ""
     largest = f"largest difference {difference.max():.3g}{place}: got {got[worst]:.6g}, expected {expected[worst]:.6g}"
-    raise AssertionError(f"{what} is wrong in {int((difference > tolerance).sum())} of {difference.numel()} places; {largest}")
+    raise Wrong(f"{what} is wrong in {int((difference > tolerance).sum())} of {difference.numel()} places; {largest}")
 
 
 def gradient(function, x):
@@ -145,7 +151,7 @@ def answer(submission, name):
     """A non-empty entry of ANSWERS."""
     text = submission.ANSWERS.get(name, "")
     if not isinstance(text, str) or not text.strip():
-        raise NotImplementedError(f'answer ANSWERS["{name}"]')
+        raise Wrong(f'answer ANSWERS["{name}"]')
     return text
 
 
@@ -159,7 +165,7 @@ def formula(submission, name, expected, mistakes=None, **ranges):
             f: all(math.isclose(f(**p), v, rel_tol=1e-6) for p, v in zip(points, values)) for f in (expected, *(mistakes or {}))
         }
     except (SyntaxError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
-        raise AssertionError(f'ANSWERS["{name}"] = {text!r:.60} cannot be evaluated: {error}') from None
+        raise Wrong(f'ANSWERS["{name}"] = {text!r:.60} cannot be evaluated: {error}') from None
     for wrong, mistake in (mistakes or {}).items():
         holds(agrees[expected] or not agrees[wrong], f'ANSWERS["{name}"] = {text!r} looks like {mistake}')
     where = ", ".join(f"{v} = {x:.3f}" for v, x in points[0].items())

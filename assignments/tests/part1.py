@@ -82,10 +82,12 @@ def test_mean_of_flow_and_dance(s):
     x, v, dt = (1 - column(SIGMA)) * image + column(SIGMA) * noise, noise - image, column(SIGMA_NEXT - SIGMA)
     for sde in ("flow", "dance"):
         mean, std = s.sde_step(v, x, SIGMA, SIGMA_NEXT, 0.9, 0.7, sde)
-        drift = std**2 / (2 * column(SIGMA)) * noise  # over a step of length -dt it removes the variance that the noise adds
+        strength = std**2 / (2 * column(SIGMA))
+        drift = strength * noise  # over a step of length -dt it removes the variance that the noise adds
         mistakes = {
             "the ODE's step: what the noise adds to the variance must be taken away by a drift": x + v * dt,
             "the drift has the wrong sign: it leads away from the image": x + v * dt + drift,
+            "x0_hat in place of x1_hat in the drift: it leads away from the noise": x + v * dt - strength * image,
             "the drift is twice as strong as it should be: the factor 1/2 is missing": x + v * dt - 2 * drift,
             "a step with the wrong sign of dt: dt = sigma_next - sigma is negative": x - v * dt + drift,
         }
@@ -128,6 +130,11 @@ def test_marginals(s):
     """Simulated with an exactly known flow, 10,000 samples end with the mean and std of the data"""
     m, spread, n = 0.7, 0.5, 10_000
     generator = torch.Generator().manual_seed(7)
+    for sde in KERNELS:  # a few rows first: n x n numbers of a wrong broadcast would fill the memory
+        few = torch.zeros(3, 1, dtype=torch.float64)
+        mean, std = s.sde_step(few, few, SIGMA, SIGMA_NEXT, 0.9, 0.5, sde)
+        reshape = "sigma (3,) was broadcast along the rows; reshape it to (3, 1)"
+        holds(mean.shape == std.shape == (3, 1), f"{sde} gives {tuple(mean.shape)} for x of shape (3, 1): {reshape}")
     for sde, eta, T in (("flow", 0.7, 160), ("dance", 0.7, 160), ("cps", 0.5, 160), ("ddim", 0.3, 160)):
         u = torch.linspace(1, 0, T + 1, dtype=torch.float64)
         sigmas = 3 * u / (1 + 2 * u)

@@ -29,6 +29,7 @@ def test_advantages(s):
         "rewards are not centred on the group's mean": groups / (unbiased + 1e-4),
         "rewards are centred but not divided by the std": centred,
         "the rows of a group were taken apart: the first G rewards are the first group": columns,
+        "the rows of a group were taken apart (view(G, -1).T?): the first G rewards are the first group, view(-1, G)": columns.T,
         "the sign is wrong: a better image has a larger advantage": -centred / (unbiased + 1e-4),
     }
     expected = (centred / (unbiased + 1e-4)).flatten()

@@ -99,6 +99,13 @@ def test_stopped_fraction(s):
         "a number of samples, not a share": 2.0,
     }
     same("stopped_fraction", s.stopped_fraction(RATIOS, ADVANTAGES, 0.1), 0.25, mistakes)
+    ratios, advantages = (torch.cat([t, torch.tensor(more)]) for t, more in ((RATIOS, [1.3, 0.7]), (ADVANTAGES, [0.0, 0])))
+    wrong = {
+        "samples of advantage 0 are counted: they have no gradient, clip or not": 0.4,
+        "one sample of advantage 0 in two is counted: it has no gradient, clip or not": 0.3,
+        "a share of the samples whose advantage is not 0: it is one of all": 0.25,
+    }
+    same("stopped_fraction with advantages of 0", s.stopped_fraction(ratios, advantages, 0.1), 0.2, wrong)
 
 
 @worth(1)
@@ -136,6 +143,8 @@ def bug(s, number):
     faulty = known.replacement or known.line
     code = lambda text: "".join(text.split("#")[0].split())
     squeeze = code if known.replacement else lambda text: code(text).split("(")[0]  # of a missing call its name is enough
+    repaired = known.replacement and code(line) == code(known.line)
+    holds(not repaired, f"bug {number}: this is the line as it should be; give the faulty one, as it stands in bug_{number}.py")
     holds(squeeze(line) == squeeze(faulty), f"bug {number} is not in this line (copy the whole line): {line.strip()!r:.80}")
     symptom = answer(s, f"bug_{number}_symptom").strip().lower()
     holds(symptom == known.symptom, f"bug {number}: its line is found, but its symptom is not {symptom!r:.10}")

@@ -47,6 +47,16 @@ def scaled(gains, over):
     return ((gains - gains.mean(over, keepdim=True)) / (gains.std(over, keepdim=True) + 1e-4)).flatten(0, 1)
 
 
+def image_major(groups, over):
+    """The mistake of taking row i for one of group i % P, as view(G, -1, S) does: laid out in that order, and as transposed."""
+    taken = scaled(groups.reshape(G, -1, S).transpose(0, 1), over)
+    apart = "the rows of a group were taken apart"
+    return {
+        f"{apart}: the first G rows are the first group": taken.view(-1, G, S).transpose(0, 1).flatten(0, 1),
+        f"{apart} (view(G, -1, S) transposed?): the first G rows are the first group, view(-1, G, S)": taken,
+    }
+
+
 @worth(3)
 def test_joint(s):
     """Joint normalization: one mean and one std over the images and steps of a group"""
@@ -63,7 +73,7 @@ def test_joint(s):
         "the std divides by n; here it divides by n - 1, as tensor.std() does": ((groups - mean) / (biased + 1e-4)).flatten(0, 1),
     }
     expected = scaled(groups, (1, 2))
-    same("gain_advantages", s.gain_advantages(groups.flatten(0, 1), G), expected, mistakes)
+    same("gain_advantages", s.gain_advantages(groups.flatten(0, 1), G), expected, mistakes | image_major(groups, (1, 2)))
 
 
 @worth(2)
@@ -74,6 +84,7 @@ def test_step(s):
         "the joint normalization: mean and std are per step here": scaled(groups, (1, 2)),
         "per step, but over all images, not the group's": scaled(groups, (0, 1)),
         "mean and std are taken per image": scaled(groups, (2,)),
+        **image_major(groups, (1,)),
     }
     same("gain_advantages per step", s.gain_advantages(groups.flatten(0, 1), G, "step"), scaled(groups, (1,)), mistakes)
 
