@@ -49,7 +49,7 @@ class Args:
     """of them the last so many follow the ODE; the S before are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
-    sde: Literal["flow", "dance", "cps", "ddim"] = "ddim"
+    sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
     """transition kernel, see sampler.sde_step"""
     shift: float = 0.0
     """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
