@@ -4,7 +4,7 @@
     python stepwise_grpo.py --model sd3 --reward jpeg-compressibility
     torchrun --nproc-per-node 8 stepwise_grpo.py --model sd3 --prompts 48 --group-size 24
 
-Sampling turns the flow's ODE into an SDE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
+Sampling makes the first S of the ODE's T steps those of an SDE: step k draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
 (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
