@@ -278,4 +278,5 @@ if __name__ == "__main__":
     write_table(args.output_dir / "comparison.csv", [
         {f: (f"{line[f]:.4g}" if isinstance(line.get(f), float) else line.get(f, "")) for f in fields} for line in lines
     ])  # fmt: skip
-    draw(rows, [s for s in args.settings if s != "tuning"], args.output_dir / "comparison.png")
+    drawn = {row["setting"] for row in rows} - {"tuning"}
+    draw(rows, [setting for setting in args.settings if setting in drawn], args.output_dir / "comparison.png")
