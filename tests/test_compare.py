@@ -114,7 +114,7 @@ def test_the_program_repeats_nothing_and_reports(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--settings", "sd3"], "--settings sd3 is not one of default, all-steps"),
+        (["--settings", "sd3"], "--settings sd3 is not one of default, full, all-steps"),
         (["--methods", "ppo"], "--methods 'ppo' is not one of"),
         (["--jobs", "0"], "has no runs to report on"),
     ],

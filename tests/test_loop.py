@@ -180,7 +180,7 @@ def test_what_a_rollout_needs_is_freed(script, tmp_path, monkeypatch):
     group_noise, sde_step, noises, trajectories = sampler.group_noise, sampler.sde_step, [], []
 
     def spy_noise(*a):
-        held = [o for o in gc.get_objects() if torch.is_tensor(o) and o.ndim == 5 and o.shape[:2] == (8, 5)]
+        held = [o for o in gc.get_objects() if torch.is_tensor(o) and o.ndim == 5 and o.shape[:2] == (8, 6)]
         trajectories.append(set(map(id, held)))
         made = group_noise(*a)
         noises.extend(map(weakref.ref, made))
