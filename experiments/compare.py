@@ -141,7 +141,8 @@ def run(setting, method, seed, runs_dir, alone=False):
         with open(folder.with_suffix(".log"), "w") as log:
             if subprocess.run(command if alone else [*command, "--no-compile"], stdout=log, stderr=log, env=environment).returncode:
                 return None
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py"))
     row = dict(
         setting=setting,
         method=method,
