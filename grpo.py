@@ -4,8 +4,8 @@
     python grpo.py --model sd3 --reward jpeg-compressibility
     torchrun --nproc-per-node 8 grpo.py --model sd3 --prompts 48 --group-size 24
 
-Sampling makes the first S of the ODE's T steps those of an SDE: step k draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
-(its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
+The first S of T steps follow an SDE in place of the flow's ODE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a
+likelihood (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
     A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (GCPO eq. 4)
@@ -44,7 +44,7 @@ class Args:
     steps: int = 6
     """T: denoising steps"""
     ode_steps: int = 3
-    """of them the last so many follow the ODE; the S before are stochastic and trained"""
+    """the last of these T follow the ODE; the S before them are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"

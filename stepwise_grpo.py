@@ -4,8 +4,8 @@
     python stepwise_grpo.py --model sd3 --reward jpeg-compressibility
     torchrun --nproc-per-node 8 stepwise_grpo.py --model sd3 --prompts 48 --group-size 24
 
-Sampling makes the first S of the ODE's T steps those of an SDE: step k draws x_{k+1} ~ N(mean_k, std_k² I), so it has a likelihood
-(its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
+The first S of T steps follow an SDE in place of the flow's ODE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a
+likelihood (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
     R_k  = reward of x0_hat(x_k), the image that state x_k is estimated to become
@@ -46,7 +46,7 @@ class Args:
     steps: int = 6
     """T: denoising steps"""
     ode_steps: int = 3
-    """of them the last so many follow the ODE; the S before are stochastic and trained"""
+    """the last of these T follow the ODE; the S before them are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
@@ -243,9 +243,9 @@ if __name__ == "__main__":
         state_rewards, estimates = torch.empty(B, S + 1), {}
         for b, k in (rows.T for rows in sampler.even_batches(states, args.micro_batch)):
             x0_hat, early = trajectory[b, -1], k < S  # from x_S on there is only the ODE, so there it is the image itself
-            at = b[early], k[early]
-            now = text.rows(group[at[0]])
-            x0_hat[early] = estimate_x0(pipe, trajectory[at], velocities[at], at[1], sigmas, now, args.substeps, args)
+            i, j = b[early], k[early]
+            of_prompt = text.rows(group[i])
+            x0_hat[early] = estimate_x0(pipe, trajectory[i, j], velocities[i, j], j, sigmas, of_prompt, args.substeps, args)
             images = sampler.decode(pipe, x0_hat)
             state_rewards[b.cpu(), k.cpu()] = reward_function.score(images, [prompt_of[i] for i in b.tolist()])
             estimates.update({j: image for i, j, image in zip(b.tolist(), k.tolist(), images) if i == 0})
