@@ -4,7 +4,9 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -81,6 +83,51 @@ def parse_args(Args, description, argv=None):
     if args.resume and not (Path(args.resume) / "state.pt").exists():
         args.resume = ""  # it was killed before its first save, so it begins again in its folder
     return args
+
+
+@dataclass
+class Examined:
+    """Flags of the programs that examine a model, or what a run made of it: evaluate.py and experiments/credit.py."""
+
+    model: str = "tiny"
+    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
+    lora: str = ""
+    """folder of a run; its model, reward, steps, guidance and so on are the defaults then. Empty: the model as it is"""
+    reward: str = "shapes"
+    """what images are scored for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
+    prompt_file: str = ""
+    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
+    shift: float = 0.0
+    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
+    guidance: float = 1.0
+    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
+    resolution: int = 0
+    """height and width of the images; 0 is the model's own"""
+    text_length: int = 1
+    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
+    micro_batch: int = 128
+    """latents that go through the model at a time"""
+    rank: int = 32
+    """rank of the LoRA"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the model's matrix products"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+def parse_examined(Args, description, steps="steps"):
+    """The command line over the settings of --lora's run over the model's preset; `steps` is what a run calls --steps."""
+    given = tyro.cli(Args, description=description)
+    saved = dict(preset_of(given.model))
+    if given.lora:
+        try:
+            saved = json.loads((Path(given.lora) / "args.json").read_text())
+        except (OSError, ValueError):
+            fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
+    saved["steps"] = saved.get(steps, Args.steps)
+    own = ("output_dir", "substeps", "seed", "device", "dtype")  # not taken from a run
+    defaults = {name: saved[name] for name in Args.__dataclass_fields__ if name in saved and name not in own}
+    return tyro.cli(Args, description=description, default=Args(**defaults))
 
 
 def rank_world():

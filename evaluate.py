@@ -13,7 +13,6 @@ of each task, and the mean over the six tasks; its standard error is by bootstra
 geneval.png.
 """
 
-import json
 import math
 import sys
 from collections import defaultdict
@@ -23,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 import arguments
@@ -34,15 +32,7 @@ from judges import geneval, geneval_benchmark
 
 
 @dataclass
-class Args:
-    model: str = "tiny"
-    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
-    lora: str = ""
-    """folder of a run; its model, reward, steps, guidance and so on are the defaults then. Empty: the model as it is"""
-    reward: str = "shapes"
-    """what images are scored for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
-    prompt_file: str = ""
-    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
+class Args(arguments.Examined):
     benchmark: Literal["geneval"] | None = None
     """score the published prompts of a benchmark instead of held-out prompts"""
     steps: int = 6
@@ -51,37 +41,12 @@ class Args:
     """share of the steps, from the first, in which the LoRA takes part"""
     eval_images: int = 864
     """images, the same number for every category"""
-    shift: float = 0.0
-    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
-    guidance: float = 1.0
-    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
-    resolution: int = 0
-    """height and width of the images; 0 is the model's own"""
-    text_length: int = 1
-    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
-    micro_batch: int = 128
-    """latents that go through the model at a time"""
-    rank: int = 32
-    """rank of the LoRA"""
     output_dir: str = ""
     """folder of the results; empty: the run's folder, or runs/evaluation"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the model's matrix products"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
 
 
 def parse_args():
-    given = tyro.cli(Args, description=__doc__)
-    preset = dict(arguments.preset_of(given.model))
-    if given.lora:
-        try:
-            preset = json.loads((Path(given.lora) / "args.json").read_text())
-        except (OSError, ValueError):
-            arguments.fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
-    preset["steps"] = preset.get("eval_steps", Args.steps)
-    defaults = {k: v for k, v in preset.items() if k in Args.__dataclass_fields__ and k not in ("output_dir", "device", "dtype")}
-    args = tyro.cli(Args, description=__doc__, default=Args(**defaults))
+    args = arguments.parse_examined(Args, __doc__, steps="eval_steps")
     if min(args.steps, args.eval_images, args.micro_batch, args.rank, args.text_length) < 1:
         arguments.fail("--steps, --eval-images, --micro-batch, --rank and --text-length must be at least 1")
     if arguments.rank_world()[1] > 1:

@@ -3,7 +3,7 @@
     python -m experiments.compare --jobs 2                # every run that the table lacks, then the report; hours
     python -m experiments.compare --settings full         # one after another, with all threads and compiled, as users run them
     python -m experiments.compare --jobs 0                # the report alone
-    python -m experiments.compare --settings default --methods grpo gcpo --seeds 0 1
+    python -m experiments.compare --settings default --methods grpo "gcpo, one chunk" --seeds 0 1
 
 Runs side by side have one thread each and are not compiled; more threads would wait for each other. A finished run is a row of
 <output-dir>/runs.csv and never repeated until that row is deleted. A killed one goes on from its folder in --runs-dir. The
@@ -36,9 +36,9 @@ from bookkeeping import replacing
 ROOT = Path(__file__).parent.parent
 
 # Flags of every run of a setting, and by method the script and its own flags. The first method is the one compared with.
-# `default` and `full` are the scripts' defaults, at fewer iterations and at all of them;
-# `all-steps` trains every step but the last, as both papers do; `long` is GCPO's length, with fewer images in place of more
-# transformer calls; `tuning` is each script's grid of learning rate and clip, on a seed of its own.
+# `default` and `full` are the scripts' defaults, at fewer iterations and at all of them; `all-steps` trains every step but the
+# last, as both papers do; `long` is GCPO's length, with fewer images in place of more transformer calls; `tuning` is each
+# script's grid of learning rate and clip, on a seed of its own.
 STEPWISE = {
     "stepwise, its paper's ddim": "stepwise_grpo --sde ddim",
     "stepwise, cps": "stepwise_grpo --sde cps",

@@ -16,7 +16,6 @@ Writes credit.csv, credit.json, credit.png and gradient.png to --output-dir.
 """
 
 import csv
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +24,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 import arguments
@@ -40,15 +38,7 @@ from experiments.estimates import CREDIT, GRADIENT, by_chunk, centred, credit_st
 
 
 @dataclass
-class Args:
-    model: str = "tiny"
-    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
-    lora: str = ""
-    """folder of a run; its model, reward, steps, sde and so on are the defaults then. Empty: the model as it is"""
-    reward: str = "shapes"
-    """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
-    prompt_file: str = ""
-    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
+class Args(arguments.Examined):
     images: int = 1152
     """trajectories, a whole number of groups"""
     group_size: int = 16
@@ -58,37 +48,21 @@ class Args:
     steps: int = 6
     """T: denoising steps"""
     ode_steps: int = 1
-    """of them the last so many follow the ODE; the S before are stochastic. 1 asks of all that could be trained"""
+    """the last of these T follow the ODE; the S before them are stochastic. 1 asks of all that could be trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
     sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
     """transition kernel, see sampler.sde_step"""
-    shift: float = 0.0
-    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
-    guidance: float = 1.0
-    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
     substeps: tuple[int, ...] = (1, 3)
     """T' of the estimates of a state's reward, see stepwise_grpo.py"""
     min_chunk: int = 2
     """adaptive chunks are at most this long, see gcpo.py"""
     lams: tuple[float, ...] = (0.0, 0.5, 1.0)
     """lambdas of the lambda-gains made of those estimates"""
-    resolution: int = 0
-    """height and width of the images; 0 is the model's own"""
-    text_length: int = 1
-    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
-    rank: int = 32
-    """rank of the LoRA"""
-    micro_batch: int = 128
-    """latents that go through the model at a time"""
     seed: int = 0
     """seed of everything"""
     output_dir: str = "runs/credit"
     """folder of the results"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the model's matrix products"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
 
 
 # Credit
@@ -127,17 +101,7 @@ def loss_weights(log_ratio, advantages, plans, clip):
 
 def parse_args():
     """The command line over the settings of --lora over the model's preset, checked."""
-    given = tyro.cli(Args, description=__doc__)
-    preset = dict(arguments.preset_of(given.model))
-    if given.lora:
-        try:
-            preset = json.loads((Path(given.lora) / "args.json").read_text())
-        except (OSError, ValueError):
-            arguments.fail(f"--lora {given.lora} is not the folder of a run: it has no readable args.json")
-    own = ("lora", "output_dir", "substeps", "seed", "device", "dtype")
-    args = tyro.cli(
-        Args, description=__doc__, default=Args(**{k: preset[k] for k in Args.__dataclass_fields__ if k in preset and k not in own})
-    )
+    args = arguments.parse_examined(Args, __doc__)
     if (
         min(args.rank, args.text_length, args.micro_batch, args.ode_steps, args.min_chunk, *args.substeps) < 1
         or args.group_size < 2

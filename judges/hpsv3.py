@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from judges import device, to_uint8
+from judges import device, in_batches, qwen_inputs
 
 CHECKPOINT = "MizzenAI/HPSv3"  # its HPSv3.safetensors
 BASE = "Qwen/Qwen2-VL-7B-Instruct"  # the configuration and the tokenizer only
@@ -54,13 +54,10 @@ def score(images, prompts):
     """HPSv3's mean (B,) of images (B, 3, H, W) in [0, 1], in batches of 4."""
     model, tokenizer, processor = load()
     parts = []
-    for start in range(0, len(prompts), 4):
-        pixels = processor(images=list(to_uint8(images[start : start + 4])), return_tensors="pt").to(device())
-        image = "<|image_pad|>" * (int(pixels["image_grid_thw"][0].prod()) // processor.merge_size**2)
-        texts = [QUESTION.format(image=image, prompt=prompt) for prompt in prompts[start : start + 4]]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
+    for batch in in_batches(images, prompts, 4):
+        tokens, pixels = qwen_inputs(tokenizer, processor, QUESTION, *batch)
         # The authors trained with 0, 1, 2... on all three axes, not with Qwen2-VL's rows and columns.
-        positions = torch.arange(tokens.input_ids.shape[1], device=device()).expand(3, len(texts), -1)
+        positions = torch.arange(tokens.input_ids.shape[1], device=device()).expand(3, len(tokens.input_ids), -1)
         hidden = model["model"](**tokens, **pixels, position_ids=positions, use_cache=False).last_hidden_state
         rewarded = tokens.input_ids == tokenizer.convert_tokens_to_ids("<|Reward|>")
         parts.append(model["rm_head"](hidden[rewarded].float())[:, 0].cpu())

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import nn
 
-from judges import device, to_uint8
+from judges import device, in_batches
 
 CHECKPOINT = "zai-org/ImageReward"  # its ImageReward.pt
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -66,10 +66,10 @@ def score(images, prompts):
     """ImageReward (B,) of images (B, 3, H, W) in [0, 1], in batches of 16."""
     model, tokenizer, processor = load()
     parts = []
-    for start in range(0, len(prompts), 16):
-        pixels = processor(images=list(to_uint8(images[start : start + 16])), return_tensors="pt").to(device())
-        options = dict(padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        tokens = tokenizer(prompts[start : start + 16], **options).to(device())
+    options = dict(padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    for pictures, texts in in_batches(images, prompts, 16):
+        pixels = processor(images=pictures, return_tensors="pt").to(device())
+        tokens = tokenizer(texts, **options).to(device())
         patches = model["vision"](**pixels).last_hidden_state
         words = model["text"](tokens.input_ids, tokens.attention_mask, encoder_hidden_states=patches).last_hidden_state
         parts.append(model["head"](words[:, 0]).squeeze(1).cpu())

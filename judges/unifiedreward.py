@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from judges import device, to_uint8
+from judges import device, in_batches, qwen_inputs
 
 CHECKPOINT = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 NEW_TOKENS = 512  # of an answer at most, as in the authors' script
@@ -50,11 +50,8 @@ def score(images, prompts):
     """UnifiedReward / 5 (B,) of images (B, 3, H, W) in [0, 1], in batches of 8, greedily."""
     model, tokenizer, processor = load()
     scores = []
-    for start in range(0, len(prompts), 8):
-        pixels = processor(images=list(to_uint8(images[start : start + 8])), return_tensors="pt").to(device())
-        image = "<|image_pad|>" * (int(pixels["image_grid_thw"][0].prod()) // processor.merge_size**2)
-        texts = [QUESTION.format(image=image, prompt=prompt) for prompt in prompts[start : start + 8]]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device())
+    for batch in in_batches(images, prompts, 8):
+        tokens, pixels = qwen_inputs(tokenizer, processor, QUESTION, *batch)
         in_image = (tokens.input_ids == model.config.image_token_id).int()  # without it an image has no rows and columns
         options = dict(mm_token_type_ids=in_image, max_new_tokens=NEW_TOKENS, do_sample=False)
         answers = model.generate(**tokens, **pixels, **options)[:, tokens.input_ids.shape[1] :]

@@ -91,10 +91,14 @@ def test_a_run_is_made_once_and_put_down_as_it_was(tmp_path, monkeypatch):
     compare.write_table(tmp_path / "runs.csv", rows)
     again = compare.read_table(tmp_path / "runs.csv")
     assert [r["seed"] for r in again] == [0, 1, 0, 1] and (again[0]["curve"] == rows[0]["curve"]).all()
-    monkeypatch.setattr(subprocess, "run", None)  # a finished run is read, not made
-    monkeypatch.setattr(compare, "run", None)
-    table = {(r["setting"], r["method"], r["seed"]) for r in again}
-    assert ("default", "slow", 1) in table
+
+    commands, own = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **o: commands.append(list(map(str, command))) or own(command, **o))
+    done = compare.run("default", "grpo", 0, tmp_path / "runs")  # read, not made again
+    assert (done["curve"] == rows[0]["curve"]).all() and {command[0] for command in commands} == {"git"}
+    (tmp_path / "runs" / "default-grpo-0" / "result.json").unlink()  # as if killed before its end
+    done = compare.run("default", "grpo", 0, tmp_path / "runs")
+    assert "--resume" in commands[2] and (done["curve"][:, 2] == rows[0]["curve"][:, 2]).all()
 
 
 def test_the_program_repeats_nothing_and_reports(tmp_path):
