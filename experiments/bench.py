@@ -1,7 +1,7 @@
 """How near the scripts are to the bare model, as ratios measured in one run: medians, with the range in brackets.
 
     python -m experiments.bench              # miniature model, about ten minutes on two CPU cores
-    python -m experiments.bench --against ../before     # and an iteration over that of another checkout, in turns
+    python -m experiments.bench --ode-steps 1 --against ../before --against-flags ""     # and over another checkout's, in turns
     python -m experiments.bench --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
 
 (a) an iteration over the transformer's forward and backward calls alone, eager and as many as without shared states, and over
@@ -60,6 +60,8 @@ class Args:
     """measured iterations of each script; one more warms up"""
     against: str = ""
     """folder of another checkout, whose grpo.py is run in turns with this one's"""
+    against_flags: str | None = None
+    """flags for that grpo.py, if it does not know those for the scripts here"""
 
 
 def random_model(family, folder):
@@ -86,9 +88,10 @@ def show(name, values, digits=2, unit=""):
     print(f"{name:76} {median} [{low} to {high}]", flush=True)
 
 
-def command_line(script, args, folder, iterations):
-    flags = ["--iterations", str(iterations), "--eval-every", "1000", "--eval-images", "6", "--eval-steps", "2"]
-    return [f"{script}.py", "--model", args.model, *flags, "--save-every", "1000", *args.flags, "--output-dir", str(folder)]
+def command_line(script, args, folder, iterations, flags=None):
+    few = ["--iterations", str(iterations), "--eval-images", "6", "--eval-steps", "2", "--eval-every", "1000", "--save-every"]
+    own = args.flags if flags is None else flags.split()
+    return [f"{script}.py", "--model", args.model, *few, "1000", *own, "--output-dir", str(folder)]
 
 
 def logged(folder):
@@ -293,7 +296,7 @@ if __name__ == "__main__":
     before, now = [], []
     for turn in range(3 if args.against else 0):
         folders = [Path(workspace.name) / f"{name}-{turn}" for name in ("before", "now")]
-        run(command_line("grpo", args, folders[0], args.iterations + 1), cwd=args.against)
+        run(command_line("grpo", args, folders[0], args.iterations + 1, args.against_flags), cwd=args.against)
         in_fresh_process(measured_run, "grpo", args, folders[1], at_all, False)
         for values, folder in zip((before, now), folders):
             values += list(images / logged(folder)["charts/images_per_second"])

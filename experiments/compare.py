@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 # Flags of every run of a setting, and by method the script and its own flags. The first method is the one compared with.
 # `default` and `full` are the scripts' defaults, at fewer iterations and at all of them; `all-steps` trains every step but the
-# last, as both papers do; `long` is GCPO's length, with fewer images in place of more transformer calls; `tuning` is each
+# last, as both papers do; `long` so at GCPO's length, with fewer images in place of more transformer calls; `tuning` is each
 # script's grid of learning rate and clip, on a seed of its own.
 STEPWISE = {
     "stepwise, its paper's ddim": "stepwise_grpo --sde ddim",
@@ -49,20 +49,14 @@ SETTINGS = {
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",
         **STEPWISE,
+        "grpo, ddim": "grpo --sde ddim",
+        "grpo, all steps": "grpo --ode-steps 1",
     }),
-    "full": ("", {
-        "gcpo": "gcpo",
-        "grpo, 300 iterations": "grpo --iterations 300",
-    }),
+    "full": ("", {"gcpo": "gcpo"}),
     "all-steps": ("--iterations 100 --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --min-chunk 4",
-        "gcpo, chunks of 4": "gcpo --chunk-size 4",
-        "gcpo, one chunk": "gcpo --chunk-size 5",
         **STEPWISE,
-        "grpo, ddim": "grpo --sde ddim",
-        "gcpo, half of the chunks": "gcpo --min-chunk 2 --chunk-fraction 0.5",
-        "gcpo, half of the chunks, weighted": "gcpo --min-chunk 2 --chunk-fraction 0.5 --weighted",
     }),
     "long": ("--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8", {
         "grpo": "grpo",
@@ -71,6 +65,8 @@ SETTINGS = {
         "gcpo, chunks of 8": "gcpo --chunk-size 8",
         "gcpo, one chunk": "gcpo --chunk-size 16",
         **STEPWISE,
+        "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
+        "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
     "tuning": ("--iterations 60", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
