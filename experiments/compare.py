@@ -65,6 +65,7 @@ SETTINGS = {
         "gcpo, chunks of 8": "gcpo --chunk-size 8",
         "gcpo, one chunk": "gcpo --chunk-size 16",
         **STEPWISE,
+        "grpo, first 8 steps": "grpo --ode-steps 9",
         "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
         "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
