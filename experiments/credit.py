@@ -319,7 +319,8 @@ if __name__ == "__main__":
     widest = max(figures["reward", "steps", k, "share"][1] for k in range(S))
     for what, (value, error, expected) in checks.items():
         holds = abs(value - expected) <= 2 * error or math.isclose(value, expected, abs_tol=1e-6)
-        print(f"{'holds' if holds else 'FAILS'} within 2 errors: {what}: {value:.3f} ± {error:.3f}, expected {expected:g}")
+        verdict = "cannot be told" if math.isnan(error) else f"{'holds' if holds else 'FAILS'} within 2 errors"
+        print(f"{verdict}: {what}: {value:.3f} ± {error:.3f}, expected {expected:g}")
 
     sentences = []
     for k in range(S):
