@@ -50,7 +50,7 @@ SETTINGS = {
         "gcpo, one chunk": "gcpo --chunk-size 3",
         **STEPWISE,
         "grpo, ddim": "grpo --sde ddim",
-        "grpo, all steps": "grpo --ode-steps 1",
+        "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
     "full": ("", {"gcpo": "gcpo"}),
     "all-steps": ("--iterations 100 --ode-steps 1", {
