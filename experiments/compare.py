@@ -66,6 +66,7 @@ SETTINGS = {
         "gcpo, one chunk": "gcpo --chunk-size 16",
         **STEPWISE,
         "grpo, first 8 steps": "grpo --ode-steps 9",
+        "stepwise, cps, first 8 steps": "stepwise_grpo --sde cps --ode-steps 9",
         "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
         "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
