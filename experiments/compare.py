@@ -216,17 +216,19 @@ def report(rows, setting, methods):
 
 
 def draw(rows, settings, path):
-    """Mean held-out score, and the range over seeds, against images: a panel a setting."""
-    figure, axes = plt.subplots(1, len(settings), figsize=(5 * len(settings), 4), sharey=True, squeeze=False)
+    """Mean held-out score, and the range over seeds, against images: a panel a setting, a colour a method."""
+    colours = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(m for setting in settings for m in SETTINGS[setting][1]))}
+    figure, axes = plt.subplots(1, len(settings), figsize=(4.5 * len(settings), 6), sharey=True, squeeze=False)
     for axis, setting in zip(axes[0], settings):
         for method in SETTINGS[setting][1]:
             curves = [r["curve"] for r in rows if (r["setting"], r["method"]) == (setting, method)]
             if curves:
-                scores = np.array([c[:, 2] for c in curves])
-                axis.plot(curves[0][:, 0], scores.mean(0), label=f"{method} ({len(curves)} seeds)")
-                axis.fill_between(curves[0][:, 0], scores.min(0), scores.max(0), alpha=0.15, linewidth=0)
+                scores, line = np.array([c[:, 2] for c in curves]), "--" if int(colours[method][1:]) > 9 else "-"
+                axis.plot(curves[0][:, 0], scores.mean(0), line, color=colours[method], label=f"{method} ({len(curves)} seeds)")
+                axis.fill_between(curves[0][:, 0], scores.min(0), scores.max(0), color=colours[method], alpha=0.12, linewidth=0)
         axis.set(title=setting, xlabel="images generated")
-        axis.legend(fontsize=7)
+        axis.locator_params("x", nbins=5)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes[0, 0].set_ylabel("held-out strict score")
     figure.tight_layout()
     with replacing(path) as temporary:
