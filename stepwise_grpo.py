@@ -67,8 +67,10 @@ class Args:
     """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
     substeps: int = 1
     """T': deterministic steps from a state to the image it is judged by; 1 is the one-step Tweedie estimate"""
-    normalize: Literal["joint", "step"] = "joint"
-    """mean and std of the gains over the group's images and steps, or over its images at each step"""
+    normalize: Literal["joint", "step", "iteration"] = "joint"
+    """mean and std over the group's images and steps, or its images at each step, or mean so and std over the iteration"""
+    lam: float = 0.0
+    """lambda: a step is credited with its own gain and the later ones, each step on by this factor less"""
     step_fraction: float = 1.0
     """share of a trajectory's stochastic steps that is trained, drawn afresh each iteration"""
     rank: int = 32
@@ -110,6 +112,14 @@ def gains(rewards):
     return rewards[:, 1:] - rewards[:, :-1]
 
 
+def lambda_gains(gains, lam):
+    """Sums (B, S) of a step's gain and the later ones, sum over j >= k of lam^(j - k) g_j, from gains (B, S)."""
+    sums = gains.clone()
+    for k in reversed(range(gains.shape[1] - 1)):
+        sums[:, k] += lam * sums[:, k + 1]
+    return sums
+
+
 def gain_advantages(gains, group_size, normalize="joint"):
     """Advantages (B, S) of group-major gains (B, S): (g - mean) / (std + 1e-4), clamped to ±5.
 
@@ -117,10 +127,11 @@ def gain_advantages(gains, group_size, normalize="joint"):
     ablation). Where they are taken over values without spread the advantages are 0.
     """
     groups = gains.view(-1, group_size, gains.shape[1])
-    over = {"joint": (1, 2), "step": (1,)}[normalize]
+    over = {"joint": (1, 2), "step": (1,), "iteration": (1,)}[normalize]
     has_spread = groups.amax(over, keepdim=True) > groups.amin(over, keepdim=True)
     centred = groups - groups.mean(over, keepdim=True)
-    return (centred / (groups.std(over, keepdim=True) + 1e-4) * has_spread).clamp(-5, 5).view_as(gains)
+    std = centred.std() if normalize == "iteration" else groups.std(over, keepdim=True)
+    return (centred / (std + 1e-4) * has_spread).clamp(-5, 5).view_as(gains)
 
 
 @torch.no_grad()
@@ -252,7 +263,7 @@ if __name__ == "__main__":
         state_rewards[:, 0] = state_rewards.view(P, G, S + 1)[:, 0, 0].repeat_interleave(G)
         state_rewards = bookkeeping.gather(state_rewards.to(args.device))
         scores, step_gains = state_rewards[:, -1], gains(state_rewards)
-        advantages = gain_advantages(step_gains, G, args.normalize)
+        advantages = gain_advantages(lambda_gains(step_gains, args.lam), G, args.normalize)
         kept = with_signal(advantages, G).cpu().numpy()
         advantages = advantages[mine.start : mine.stop]
         run.lap("reward")

@@ -49,6 +49,8 @@ SETTINGS = {
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",
         **STEPWISE,
+        "trial: stepwise, iteration, lambda 0.5": "stepwise_grpo --normalize iteration --lam 0.5",
+        "trial: chunk gains, 1 2": "chunk_gains --chunks 1 2 --normalize iteration --lam 0.5",
     }),
     "full": ("", {
         "gcpo": "gcpo",
@@ -71,6 +73,8 @@ SETTINGS = {
         "gcpo, chunks of 8": "gcpo --chunk-size 8",
         "gcpo, one chunk": "gcpo --chunk-size 16",
         **STEPWISE,
+        "trial: stepwise, iteration, lambda 0.5": "stepwise_grpo --normalize iteration --lam 0.5",
+        "trial: chunk gains, 2 3 4 7": "chunk_gains --chunks 2 3 4 7 --normalize iteration --lam 0.5",
     }),
     "tuning": ("--iterations 60", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
