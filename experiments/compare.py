@@ -136,7 +136,7 @@ def run(setting, method, seed, runs_dir, alone=False):
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, ROOT / f"{script}.py", "--device", "cpu", *where]
         environment = os.environ if alone else {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(folder.with_suffix(".log"), "w") as log:
+        with open(f"{folder}.log", "w") as log:
             if subprocess.run(command if alone else [*command, "--no-compile"], stdout=log, stderr=log, env=environment).returncode:
                 return None
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
