@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from judges import clip, device, to_uint8
-from miniature import shapes
 
 CHECKPOINT = "facebook/mask2former-swin-small-coco-instance"
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # of what the detector sees in GenEval; this checkpoint's default is 384 x 384
@@ -21,6 +20,7 @@ COCO = (
     "clock,vase,scissors,teddy bear,hair drier,toothbrush"
 ).split(",")  # in the order of the detector's labels
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x to the right and y down
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 PLURALS = {"person": "people", "knife": "knives", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 PLURALS |= {"computer mouse": "computer mice", "broccoli": "broccoli"}
@@ -71,7 +71,7 @@ def parse(prompt):
 
     try:
         _, scene = prompt.split("a photo of ")
-        relation = next((r for r in shapes.RELATIONS if f" {r} " in scene), None)
+        relation = next((r for r in RELATIONS if f" {r} " in scene), None)
         if relation:
             subject, reference = scene.split(f" {relation} ")
             return [request(reference), request(subject, relation)]
@@ -80,6 +80,19 @@ def parse(prompt):
         raise ValueError(
             f'prompt "{prompt}" follows none of GenEval\'s templates, such as "a photo of a red dog and a blue cup"'
         ) from None
+
+
+def relations(a, b):
+    """Where `a` is to `b`, as a set of RELATIONS; a diagonal offset counts for both directions. Both have x, y, width, height.
+
+    The offset of the box centres is shortened by a tenth of the boxes' sizes; what is left must be more than half
+    of the distance along an axis. Objects on top of each other have no relation.
+    """
+    offset = np.array([a.x - b.x, a.y - b.y])
+    sizes = np.array([a.width + b.width, a.height + b.height])
+    shortened = np.maximum(abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
+    distance = np.hypot(*offset)
+    return {name for name, axis in RELATIONS.items() if distance > 0 and shortened @ axis > 0.5 * distance}
 
 
 def judge(requests, objects, colour_of):
@@ -102,7 +115,7 @@ def judge(requests, objects, colour_of):
             credits.append(colours.count(colour) / count if len(boxes) == count else 0.0)
         if relation:
             pairs = [(a, b) for a in boxes[:count] for b in before]
-            holds = bool(pairs) and all(relation in shapes.relations(a, b) for a, b in pairs)
+            holds = bool(pairs) and all(relation in relations(a, b) for a, b in pairs)
             strict &= holds
             credits.append(float(holds and exact_before and len(boxes) == count))
         before, exact_before = boxes[:count], len(boxes) == count
@@ -186,7 +199,7 @@ def template_prompts():
         "two objects": lambda: " and ".join(map(with_article, two(COCO))),
         "counting": lambda: f"{some(['two', 'three', 'four'])} {PLURALS[some(COCO)]}",
         "colours": lambda: coloured([(some(COLOURS), some(things))])[0],
-        "position": lambda: f" {some(list(shapes.RELATIONS))} ".join(map(with_article, two(COCO))),
+        "position": lambda: f" {some(list(RELATIONS))} ".join(map(with_article, two(COCO))),
         "colour attribution": lambda: " and ".join(coloured(zip(two(COLOURS), two(things)))),
     }
     return {c: list(dict.fromkeys("a photo of " + template() for _ in range(400))) for c, template in templates.items()}

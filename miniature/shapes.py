@@ -14,17 +14,21 @@ objects in the right number, colour and position, and nothing else. Six categori
 Images are (B, 3, 64, 64) float arrays or tensors in [0, 1]; lengths are pixels, x to the right and y down.
 """
 
+import functools
 import itertools
+import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
+from judges.geneval import RELATIONS, relations
+
 SIZE = 64
 BACKGROUND = (0.08, 0.08, 0.11)
 COLOURS = {"red": (0.90, 0.20, 0.20), "green": (0.16, 0.75, 0.31), "blue": (0.24, 0.37, 0.98), "yellow": (0.98, 0.86, 0.16)}
 COUNTS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
 
 CELLS = ((17, 17), (47, 17), (17, 47), (47, 47))  # centres of the four places an object can have
@@ -67,10 +71,13 @@ class Object:
     y: float
     radius: float
     shape: str | None = None  # None: the outline is none of ours
-    width: float = 0.0  # of the bounding box
+    width: float = 0.0  # of the bounding box; 0: twice the radius
     height: float = 0.0
     overlap: dict | None = None  # intersection over union with each shape's ideal outline
     closeness: float = 1.0  # 1 - distance of its mean colour to the palette's / 0.5, times the share of its pixels of that colour
+
+    def __post_init__(self):
+        self.width, self.height = self.width or 2 * self.radius, self.height or 2 * self.radius
 
 
 def _all_prompts():
@@ -143,27 +150,6 @@ def render(scenes):
             coverage = np.clip(0.5 - SHAPES[o.shape][0](x - o.x, y - o.y, o.radius), 0, 1)
             image += coverage * (np.array(COLOURS[o.colour], np.float32)[:, None, None] - image)
     return images
-
-
-def relations(a, b):
-    """GenEval's rule: where `a` is to `b`, as a set; a diagonal offset counts for both directions.
-
-    The offset of the box centres is shortened by a tenth of the boxes' sizes; what is left must be more than half
-    of the distance along an axis. Objects on top of each other have no relation.
-    """
-    offset = np.array([a.x - b.x, a.y - b.y])
-    sizes = np.array([_width(a) + _width(b), _height(a) + _height(b)])
-    shortened = np.maximum(abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
-    distance = np.hypot(*offset)
-    return {name for name, axis in RELATIONS.items() if distance > 0 and shortened @ axis > 0.5 * distance}
-
-
-def _width(o):
-    return o.width or 2 * o.radius
-
-
-def _height(o):
-    return o.height or 2 * o.radius
 
 
 SPECK = 6  # components of fewer pixels are noise, not objects
@@ -290,15 +276,111 @@ def judge(images, captions):
     graded further, a group of correct ones would still have spread, which its std would blow up to advantages of ±1.)
     Raises ValueError for a caption that is not of this world or an image of another size.
     """
-    if tuple(images.shape[1:]) != (3, SIZE, SIZE):
-        raise ValueError(f"shapes are judged on images of 3 x {SIZE} x {SIZE}, not {' x '.join(map(str, images.shape[1:]))}")
+    return examine(images, captions)[:2]
+
+
+def examine(images, captions):
+    """What `judge` returns, and the `looks` of the images, from one detection: (strict (B,), graded (B,), B looks)."""
     unknown = [c for c in captions if c not in SPECS]
     if unknown:
         raise ValueError(f"'{unknown[0]}' is not a caption of the shapes world; write it like 'a red circle left of ...'")
-    found = [objects for part in range(0, len(images), 64) for objects in detect(images[part : part + 64])]  # fits a cache
+    found = _objects(images)
     strict = np.array([_holds(SPECS[c], o) for c, o in zip(captions, found)], np.float32)
     credit = np.array([_credit(SPECS[c], o) for c, o in zip(captions, found)], np.float32)
-    return strict, np.maximum(strict, 0.6 * credit)
+    return strict, np.maximum(strict, 0.6 * credit), list(map(_look, found))
+
+
+def _objects(images):
+    if tuple(images.shape[1:]) != (3, SIZE, SIZE):
+        raise ValueError(f"shapes are judged on images of 3 x {SIZE} x {SIZE}, not {' x '.join(map(str, images.shape[1:]))}")
+    return [objects for part in range(0, len(images), 64) for objects in detect(images[part : part + 64])]  # fits a cache
+
+
+# Variety: whether a model draws one picture per caption, or all that the caption allows
+
+
+def looks(images):
+    """The look of each image (B, 3, 64, 64): nearest cell, colour and shape of its objects, sorted, as a string.
+
+    "0rci 3bsq" is a red circle at the top left and a blue square at the bottom right; "??" is an outline that is none of ours.
+    Raises ValueError for images of another size.
+    """
+    return list(map(_look, _objects(images)))
+
+
+def _look(objects):
+    cells = [min(range(len(CELLS)), key=lambda i: math.dist(CELLS[i], (o.x, o.y))) for o in objects]
+    return " ".join(sorted(f"{cell}{o.colour[0]}{(o.shape or '??')[:2]}" for cell, o in zip(cells, objects)))
+
+
+@functools.cache
+def looks_allowed(caption):
+    """The number of looks that make a caption true, |Omega|: its objects in distinct cells, in any colour that it leaves open."""
+    spec = SPECS[caption]
+    allowed = set()
+    for cells in itertools.permutations(CELLS, len(spec.objects)):
+        for colours in itertools.product(*([colour] if colour else COLOURS for _, colour in spec.objects)):
+            objects = [Object(c, x, y, sum(RADIUS) / 2, shape) for c, (x, y), (shape, _) in zip(colours, cells, spec.objects)]
+            if spec.relation is None or spec.relation in relations(objects[0], objects[1]):
+                allowed.add(_look(objects))
+    return len(allowed)
+
+
+def pair_statistics(looks, verdicts):
+    """(J, S2) of the n >= 2 images of one caption: the shares of ordered pairs i != j in which both images are right and their
+    looks differ, and in which both are right. U-statistics: unbiased at every n, as an estimated entropy would not be.
+    """
+    counts = Counter(look for look, right in zip(looks, verdicts, strict=True) if right)
+    right, pairs = counts.total(), len(looks) * (len(looks) - 1)
+    return (right**2 - sum(count**2 for count in counts.values())) / pairs, right * (right - 1) / pairs
+
+
+def _weighted_captions(looks, captions, verdicts):
+    """[(looks, verdicts, weights (2,) of J and S2)] of every caption with two images or more that allows more than one look.
+
+    Each category has the same weight, and in it each caption; J's weight includes 1/u, u = 1 - 1/|Omega| being what J would
+    be if all images were right and drew every look equally often.
+    """
+    images = defaultdict(list)
+    for look, caption, right in zip(looks, captions, verdicts, strict=True):
+        images[caption].append((look, right))
+    images = {c: rows for c, rows in images.items() if len(rows) > 1 and looks_allowed(c) > 1}
+    captions_of = Counter(SPECS[c].category for c in images)
+    weights = {c: 1 / captions_of[SPECS[c].category] for c in images}
+    return [(*zip(*rows), weights[c] * np.array([1 / (1 - 1 / looks_allowed(c)), 1])) for c, rows in images.items()]
+
+
+def variety(looks, captions, verdicts):
+    """How differently a model draws what it draws rightly: 1 where every look that a caption allows is equally frequent, 0 where
+    each caption has a single picture; an estimate of 1 may come out a little larger.
+
+    From N looks (`looks`), their N captions and strict verdicts (N,), 0 or 1: the sum of J/u over the sum of S2
+    (`pair_statistics`), each category of captions with the same weight. nan where no caption has two right images.
+    """
+    parts = [weights * pair_statistics(z, y) for z, y, weights in _weighted_captions(looks, captions, verdicts)]
+    different, both = np.sum(parts, axis=0) if parts else (0, 0)
+    return float(different / both) if both else math.nan
+
+
+def variety_error(looks, captions, verdicts):
+    """Standard error of `variety` over noises, the captions being what they are.
+
+    Jackknife, one image at a time: every image of an evaluation has a noise of its own, so that images are independent, and
+    captions have unequally many of them (4 to 144), so that the i-th image of all captions is no unit. Stratified by caption:
+    the variance is the sum over captions of (n - 1)/n · sum_i (variety without image i - their mean over i)². It errs on the
+    large side, most near a variety of 1: without favourites only J's pair term varies, which a jackknife counts twice or more.
+    nan where a caption that counts has two images only (without one there is no pair), or where `variety` is nan.
+    """
+    captions = _weighted_captions(looks, captions, verdicts)
+    parts = [weights * pair_statistics(z, y) for z, y, weights in captions]
+    if not parts or min(len(z) for z, _, _ in captions) < 3:
+        return math.nan
+    variance, whole = 0.0, np.sum(parts, axis=0)
+    for part, (z, y, weights) in zip(parts, captions):
+        without = [whole - part + weights * pair_statistics(z[:i] + z[i + 1 :], y[:i] + y[i + 1 :]) for i in range(len(z))]
+        values = [different / both if both > 1e-12 else math.nan for different, both in without]
+        variance += (len(z) - 1) * np.var(values)
+    return float(variance**0.5)
 
 
 def sample_captions(n, rng, prompts=(TRAIN, HELD_OUT)):

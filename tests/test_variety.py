@@ -1,0 +1,197 @@
+"""Variety: its number of looks, its expectation and its error are what the definition says, and collapses are found."""
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from miniature import shapes
+from miniature.shapes import CELLS, COLOURS, SHAPES, Object
+
+KINDS = {  # a caption of every kind -> the number of looks it allows, by hand
+    "a circle": 4 * 4,  # cells · colours
+    "a circle and a square": 4 * 3 * 4**2,
+    "two red circles": 6,  # pairs of cells: the circles are alike
+    "three red circles": 4,
+    "four red circles": 1,
+    "a red circle": 4,
+    "a circle left of a square": 4 * 4**2,  # two cells on the left, two on the right
+    "a red circle and a blue square": 4 * 3,
+}
+
+
+def look(*objects):
+    """The look of objects (cell, colour, shape), drawn and found again."""
+    return shapes.looks(shapes.render([[Object(colour, *CELLS[cell], 10.0, shape) for cell, colour, shape in objects]]))[0]
+
+
+def test_a_look_is_cells_colours_and_shapes_whatever_their_order():
+    objects = list(itertools.product(range(len(CELLS)), COLOURS, SHAPES))
+    assert len({look(o) for o in objects}) == len(objects) == 64
+    assert look((0, "red", "circle"), (3, "blue", "square")) == look((3, "blue", "square"), (0, "red", "circle")) == "0rci 3bsq"
+    moved = shapes.looks(shapes.render([[Object("red", 25.0, 23.0, 9.0, "circle")], []]))
+    assert moved == [look((0, "red", "circle")), ""]
+    touching = shapes.render([[Object("red", 20, 17, 10.0, "circle"), Object("red", 38, 17, 10.0, "square")]])
+    assert shapes.looks(touching)[0] in ("0r??", "1r??")
+
+
+def test_one_detection_gives_verdict_reward_and_look(monkeypatch):
+    rng, detect, seen = np.random.default_rng(0), shapes.detect, []
+    captions = shapes.sample_captions(100, rng)
+    images = shapes.render([shapes.scene(c, rng) for c in captions[::-1]])
+    wanted = (*shapes.judge(images, captions), shapes.looks(images))
+    monkeypatch.setattr(shapes, "detect", lambda images: seen.append(len(images)) or detect(images))
+    found = shapes.examine(images, captions)
+    assert seen == [64, 36] and found[2] == wanted[2] and all((a == b).all() for a, b in zip(found[:2], wanted[:2]))
+    with pytest.raises(ValueError, match="3 x 64 x 64"):
+        shapes.looks(np.zeros((1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("caption, allowed", KINDS.items())
+def test_u_is_how_often_two_random_scenes_look_different(caption, allowed):
+    rng = np.random.default_rng(0)
+    assert shapes.looks_allowed(caption) == allowed
+    assert all(shapes.looks_allowed(c) == allowed for c in shapes.SPECS if kind(c) == kind(caption))
+    images = shapes.render([shapes.scene(caption, rng) for _ in range(300)])
+    strict, _, looks = shapes.examine(images, [caption] * 300)
+    different, both = shapes.pair_statistics(looks, strict)
+    deviation = math.sqrt(2 / allowed * (1 - 1 / allowed)) / 300  # of J where all looks are equally frequent
+    assert both == 1 and abs(different - (1 - 1 / allowed)) <= 4 * deviation
+    counts = Counter(shapes._look(shapes.scene(caption, rng)) for _ in range(16 * allowed))
+    assert len(counts) == allowed and set(looks) <= set(counts)  # all are drawn, and found in images
+
+
+def kind(caption):
+    spec = shapes.SPECS[caption]
+    return spec.category, len(spec.objects)
+
+
+def fractions(looks, verdicts):
+    return [Fraction(x).limit_denominator(1000) for x in shapes.pair_statistics(looks, verdicts)]
+
+
+def test_four_images_of_a_caption_are_enough():
+    """The mean over all 4-subsets of nine images is exactly the value of the nine, for J and for S2."""
+    looks, verdicts = "aaabbcdde", (1, 1, 0, 1, 1, 1, 0, 1, 0)
+    subsets = list(itertools.combinations(range(9), 4))
+    parts = [fractions([looks[i] for i in s], [verdicts[i] for i in s]) for s in subsets]
+    whole = fractions(looks, verdicts)
+    assert [sum(column) / len(subsets) for column in zip(*parts)] == whole == [Fraction(26, 72), Fraction(30, 72)]
+
+
+def test_a_policy_that_draws_every_scene_equally_often_has_variety_1():
+    """Exactly, in the expectation over all draws of three images, each right with probability 1/2; and on average in a sample."""
+    looks = [look((cell, "red", "circle")) for cell in range(4)]
+    draws = list(itertools.product(itertools.product(looks, (0, 1)), repeat=3))
+    different, both = (sum(column) / len(draws) for column in zip(*(fractions(*zip(*draw)) for draw in draws)))
+    assert both == Fraction(1, 4) and different == Fraction(3, 4) * both
+    rng, captions = np.random.default_rng(0), [c for captions in shapes.HELD_OUT.values() for c in captions] * 6
+    draw = lambda: [shapes._look(shapes.scene(c, rng)) for c in captions]
+    values = [shapes.variety(draw(), captions, np.ones(len(captions))) for _ in range(20)]
+    assert abs(np.mean(values) - 1) < 4 * np.std(values, ddof=1) / 20**0.5 < 0.02
+
+
+@pytest.mark.parametrize(
+    "caption, colours, cells, value",
+    [
+        ("a circle", ["red"], range(4), (3 / 4) / (15 / 16)),
+        ("a circle", COLOURS, [2], (3 / 4) / (15 / 16)),
+        ("a circle and a square", ["red"], range(4), (11 / 12) / (191 / 192)),
+        ("a circle and a square", COLOURS, [0, 3], (31 / 32) / (191 / 192)),  # two cells, but either may be the circle's
+        ("a circle left of a square", COLOURS, [0, 3], (15 / 16) / (63 / 64)),
+        ("a circle left of a square", ["red"], range(4), (3 / 4) / (63 / 64)),
+    ],
+)
+def test_what_a_collapse_of_colour_or_place_leaves(caption, colours, cells, value):
+    """The expectation, over all pairs of what is left: V = (1 - 1/left) / (1 - 1/|Omega|)."""
+    spec, left = shapes.SPECS[caption], []
+    for where in itertools.permutations(cells, len(spec.objects)):
+        for chosen in itertools.product(colours, repeat=len(spec.objects)):
+            objects = [Object(colour, *CELLS[cell], 10.0, shape) for colour, cell, (shape, _) in zip(chosen, where, spec.objects)]
+            left += shapes.looks(shapes.render([objects])) if shapes.judge(shapes.render([objects]), [caption])[0] else []
+    pairs = [shapes.variety(pair, [caption] * 2, [1, 1]) for pair in itertools.product(left, repeat=2)]
+    assert np.mean(pairs) == pytest.approx(value, abs=1e-12)
+
+
+def naive(looks, captions, verdicts):
+    """The definition, pair by pair."""
+    by_category = defaultdict(list)
+    for caption in dict.fromkeys(captions):
+        own = [i for i, c in enumerate(captions) if c == caption]
+        allowed = {kind(c): n for c, n in KINDS.items()}[kind(caption)]
+        if len(own) < 2 or allowed == 1:
+            continue
+        J = S2 = 0.0
+        for i in own:
+            for j in own:
+                if i != j:
+                    S2 += verdicts[i] * verdicts[j] / (len(own) * (len(own) - 1))
+                    J += verdicts[i] * verdicts[j] * (looks[i] != looks[j]) / (len(own) * (len(own) - 1))
+        by_category[kind(caption)[0]].append((J / (1 - 1 / allowed), S2))
+    sums = np.sum([np.mean(parts, axis=0) for parts in by_category.values()], axis=0)
+    return sums[0] / sums[1]
+
+
+@pytest.fixture
+def random_data():
+    """150 images, shuffled: 3 to 20 each of captions of every kind, of five looks each, and one image alone."""
+    rng = np.random.default_rng(0)
+    captions = [c for n, c in zip((20, 12, 3, 5, 9, 4, 30, 8), KINDS) for _ in range(n)]
+    captions += [c for c in shapes.HELD_OUT["colours"] for _ in range(14)] + ["a cross"] + ["two blue crosses"] * 2
+    captions = [captions[i] for i in rng.permutation(len(captions))]
+    return [f"{rng.integers(5)}" for _ in captions], captions, (rng.random(len(captions)) < 0.6).astype(float)
+
+
+def test_variety_is_the_definition(random_data):
+    assert len(random_data[0]) == 150
+    assert abs(shapes.variety(*random_data) - naive(*random_data)) < 1e-12
+
+
+def test_one_picture_per_caption_has_no_variety(random_data):
+    _, captions, verdicts = random_data
+    assert shapes.variety(captions, captions, verdicts) == 0  # a caption's only look, its name
+    wrong_ones_differ = [c if right else str(i) for i, (c, right) in enumerate(zip(captions, verdicts))]
+    assert shapes.variety(wrong_ones_differ, captions, verdicts) == 0
+    assert shapes.variety_error("aaaabbbbb", ["a red circle"] * 4 + ["a circle"] * 5, [1] * 9) == 0
+
+
+@pytest.mark.parametrize(
+    "captions, verdicts",
+    [
+        ([], []),
+        (["a circle", "a cross"], [1, 1]),  # one image each
+        (["a circle"] * 3, [0, 1, 0]),  # one right image
+        (["four red circles"] * 3, [1, 1, 1]),  # one look
+    ],
+)
+def test_without_pairs_variety_is_nan(captions, verdicts):
+    looks = [str(i) for i in range(len(captions))]
+    assert math.isnan(shapes.variety(looks, captions, verdicts)) and math.isnan(shapes.variety_error(looks, captions, verdicts))
+
+
+def test_the_error_leaves_one_image_out_at_a_time(random_data):
+    kept = [i for i, c in enumerate(random_data[1]) if c not in ("two blue crosses", "a cross")]  # of two images no error is known
+    looks, captions, verdicts = ([column[i] for i in kept] for column in random_data)
+    assert math.isnan(shapes.variety_error(*random_data))
+    without = defaultdict(list)
+    for i, caption in enumerate(captions):
+        without[caption].append(naive(*(column[:i] + column[i + 1 :] for column in (looks, captions, verdicts))))
+    variance = sum((len(v) - 1) / len(v) * sum((x - np.mean(v)) ** 2 for x in v) for v in without.values())
+    assert shapes.variety_error(looks, captions, verdicts) == pytest.approx(variance**0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("favourite, low, high", [(0.7, 0.8, 1.4), (0.0, 1.0, 4.0)])
+def test_the_error_is_the_spread_over_noises_or_more(favourite, low, high):
+    """Of 300 evaluations of one policy, which is right three times in four and draws one look that often, else any."""
+    rng = np.random.default_rng(0)
+    captions = ["a circle"] * 24 + ["a red circle"] * 12 + ["a blue square"] * 12 + ["two red circles"] * 8
+    values, errors = [], []
+    for _ in range(300):
+        looks = [str(0 if rng.random() < favourite else rng.integers(shapes.looks_allowed(c))) for c in captions]
+        right = rng.random(len(captions)) < 0.75
+        values.append(shapes.variety(looks, captions, right))
+        errors.append(shapes.variety_error(looks, captions, right))
+    assert low < np.mean(np.square(errors)) / np.var(values, ddof=1) < high
