@@ -72,8 +72,8 @@ TUNED = {
 GRPO, GRPO_STD2, GCPO, STEPWISE = (f" --lr {lr} --clip {clip}" for lr, clip in TUNED.values())
 
 # Mean weight of each step in the loss of adaptive GCPO, S / (K c) in a chunk of c steps, one of K: what gcpo.py of commit 24e9f25
-# logged with the flags of `mechanism` (its name for --max-chunk is --min-chunk) and --seed 100
-GCPO_WEIGHTS = "1.31 1.10 1.08 1.08 1.07 1.09 1.12 1.14 1.16 1.19 1.22 1.22 0.80 0.47 0.47 0.47"
+# logged as chunks/weight_<k> in iterations 1 to 37 with the flags of `mechanism` (--max-chunk was --min-chunk) and --seed 100
+GCPO_WEIGHTS = "1.31 1.10 1.08 1.08 1.07 1.09 1.11 1.13 1.16 1.19 1.22 1.23 0.79 0.47 0.47 0.47"
 
 KERNELS = {"flow": "--sde flow --eta 0.7", "ddim": "--sde ddim --eta 0.8"}
 SCRIPTS = {"grpo": "grpo", "gcpo": "gcpo", "stepwise": "stepwise_grpo"}
