@@ -73,7 +73,7 @@ def test_the_report_pairs_by_seed_and_corrects_over_the_contrasts():
     rows += [row("gcpo, one chunk", s, 0.4, *[0.5 + 0.05 * s + noise[s]] * 3) for s in range(4)]  # a seed is missing
     rows += [row("grpo", 7, 0.0, 0.0, 0.0, 0.0, setting="all-steps")]
     rows += [row("grpo", 8, 0.0, 0.0, 0.0, 0.0) | dict(command="grpo.py --iterations 1")]  # of other flags
-    runs = compare.runs_of(rows, "default", compare.SETTINGS["default"].methods)
+    runs = compare.runs_of(rows, "default")
     assert list(runs) == ["grpo", "gcpo, adaptive", "gcpo, one chunk"]
     grpo, adaptive, one = compare.summary(runs)
     assert (grpo["seeds"], one["seeds"], grpo["score"]) == (5, 4, pytest.approx(0.6)) and adaptive["variety"] == pytest.approx(0.6)
@@ -106,7 +106,7 @@ def test_older_rows_are_read_and_kept_apart(tmp_path):
         first, second = rows = compare.read_table(tmp_path / "runs.csv")
         assert (first["setting"], second["setting"]) == ("default, older code", "default")
         assert np.isnan(first["curve"][:, 3]).all() and first["curve"][-1, 2] == 0.6
-        assert list(compare.runs_of(rows, "default", ["grpo"])["grpo"]) == [1]
+        assert list(compare.runs_of(rows, "default")["grpo"]) == [1]
         compare.write_table(tmp_path / "runs.csv", rows)
 
 
