@@ -26,10 +26,11 @@ PAGE = DOCS / "side_by_side.html"
 SCRIPTS = {"a": "grpo", "b": "gcpo", "c": "stepwise_grpo"}
 PHASES = {  # of the run, and how the line starts that opens each; one that a script lacks stays part of the phase before it
     "begin": "    for iteration in ",
-    "roll out": "        # Roll ?out",
-    "judge": "        # (Judge|Reward)",
-    "credit": "        # (Credit|Advantage)",
-    "update": "        # (Update|Optimize)",
+    "roll out": "        # Roll out",
+    "judge": "        # Judge",
+    "credit": "        # Credit",
+    "update": "        # Update",
+    "end": "        done = ",
 }
 COLOURS = {Keyword: "k", Operator.Word: "k", String: "s", Comment: "o", Number: "m"}  # classes of the template
 COLOURS |= {Name.Function: "f", Name.Class: "f", Name.Decorator: "f"}
@@ -42,7 +43,7 @@ def parts(source, phases):
         name = getattr(node, "name", None) or {ast.Expr: "docstring", ast.If: "set up"}.get(type(node), "imports")
         for number in range(start, node.end_lineno + 1):
             if isinstance(node, ast.If):
-                name = next((phase for phase in phases if re.match(PHASES[phase], lines[number - 1])), name)
+                name = next((phase for phase in phases if lines[number - 1].startswith(PHASES[phase])), name)
             found.setdefault(name, []).append(number)
         start = node.end_lineno + 1
     for numbers in found.values():
@@ -207,7 +208,7 @@ def section_html(part, scripts, title, links, note):
 
 def build(sources, notes):
     """The page, from {letter: source of the script} and what side_by_side.toml holds."""
-    phases = [phase for phase, opens in PHASES.items() if all(re.search(f"(?m)^{opens}", source) for source in sources.values())]
+    phases = [phase for phase, opens in PHASES.items() if all(f"\n{opens}" in source for source in sources.values())]
     scripts = {
         letter: {"lines": source.splitlines(), "words": words_of(source), "parts": parts(source, phases)}
         for letter, source in sources.items()
