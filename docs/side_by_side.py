@@ -1,7 +1,8 @@
 """Writes docs/side_by_side.html: the three scripts in columns, aligned by function and compared down to the word.
 
-    pip install pygments==2.21.0 latex2mathml==3.81.1      # other versions may write other bytes
+    pip install pygments==2.21.0 latex2mathml==3.81.1 selenium      # other versions of the first two may write other bytes
     python docs/side_by_side.py
+    python docs/side_by_side.py --picture       # and side_by_side.png; needs chromium, chromium-driver and fonts-lmodern of Debian
 
 The code comes from the scripts as they are, the equations from side_by_side.toml, looks and behaviour from
 side_by_side.template.html. The same files give the same bytes.
@@ -9,6 +10,9 @@ side_by_side.template.html. The same files give the same bytes.
 
 import ast
 import re
+import shutil
+import sys
+import tempfile
 import tomllib
 from collections import Counter
 from difflib import SequenceMatcher
@@ -238,7 +242,25 @@ def fresh():
     return build(sources, tomllib.loads((DOCS / "side_by_side.toml").read_text(encoding="utf-8")))
 
 
+def chromium(profile):
+    """A Chromium without a window, 1,280 pixels wide, its profile in the given folder. Raises ImportError without selenium."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic"
+    look = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1280,1000"
+    for flag in [*quiet.split(), *look.split(), f"--user-data-dir={profile}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+
+
 if __name__ == "__main__":
     temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(fresh(), encoding="utf-8")
     temporary.replace(PAGE)
+    if "--picture" in sys.argv:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, chromium(profile) as driver:
+            driver.get(f"{PAGE.as_uri()}#credit")
+            driver.save_screenshot(str(PAGE.with_suffix(".png")))

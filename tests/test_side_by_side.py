@@ -14,8 +14,6 @@ for package in "pygments", "latex2mathml":
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NAMES = {"a": "grpo", "b": "gcpo", "c": "stepwise_grpo"}
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --window-size=1280,900""".split()
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +144,13 @@ def test_alignment_pairs_like_lines_and_keeps_their_order(side_by_side):
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
+def chromium(side_by_side, tmp_path_factory):
     missing = [program for program in ("chromium", "chromedriver") if not shutil.which(program)]
     if missing:
         pytest.skip(f"the page is tried in a browser, which needs {' and '.join(missing)} (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page is tried in a browser: pip install selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    pytest.importorskip("selenium", reason="the page is tried in a browser: pip install selenium")
+    with side_by_side.chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -229,11 +221,8 @@ def test_same_lines_fold_away_and_open_again(browser):
     assert shown(browser, "#Args td[id]") == before
     everything = shown(browser, "td[id]")
     press(browser, "f")
-    assert (
-        everything
-        < shown(browser, "td[id]")
-        == {cell.get_attribute("id") for cell in browser.find_elements("css selector", "td[id]")}
-    )
+    cells = browser.execute_script("return [...document.querySelectorAll('td[id]')].map(cell => cell.id)")
+    assert everything < shown(browser, "td[id]") == set(cells)
     find(browser, "#fold").click()
     assert shown(browser, "td[id]") == everything
 
@@ -300,13 +289,13 @@ def test_text_has_enough_contrast(browser, scheme):
 
 @pytest.mark.parametrize("width", [1920, 1280, 1024])
 def test_nothing_is_cut_off_or_needs_sideways_scrolling(browser, width):
-    browser.set_window_size(width, 900)
+    browser.set_window_size(width, 1000)
     assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
     too_large = """return [...document.querySelectorAll(arguments[0])].filter(
         e => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1).length"""
     parts = "td code, .note, .bar, .head" + ", figure" * (width >= 1280)  # on a narrow window a formula scrolls by itself
     assert browser.execute_script(too_large, parts) == 0
-    browser.set_window_size(1280, 900)
+    browser.set_window_size(1280, 1000)
 
 
 def test_a_screen_reader_gets_names_and_differences(browser):
