@@ -277,7 +277,7 @@ class Run:
         values["charts/images_per_second"] = self.args.prompts * self.args.group_size / seconds
         for tag, value in values.items() if self.rank == 0 else ():
             (self.writer.add_histogram if np.ndim(value) else self.writer.add_scalar)(tag, value, done)
-        self.bar.set_postfix(reward=f"{values['charts/reward']:.3f}", **self.shown)
+        self.bar.set_postfix({"training reward": f"{values['charts/reward']:.3f}", **self.shown})  # one of those may be `reward`
 
     def picture(self, name, done, images, captions, columns=8, tag=None):
         """Saves a grid of images over their captions as <name>.png and shows it on the TensorBoard page."""
