@@ -1,71 +1,118 @@
-"""The command line: presets, the flags over them, what `auto` stands for, and a sentence for every value that will not do."""
+"""The command line: flags that all programs share, presets, and a sentence for every value that will not do."""
 
 import json
 import math
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
+import families
 import miniature
 import rewards
-import sampler
-
-# The defaults in each script's Args are for the miniature. Everything else starts from the settings of its family; a flag
-# given on the command line always wins. These are Flow-GRPO's for SD3.5-medium (https://arxiv.org/abs/2505.05470). Their
-# `flow` kernel is the one for a stock schedule, whose last but one sigma is 0.009: the std that `cps` and `ddim` then give the
-# last trained step is as small, and its gradient drowns the others.
-SD3 = dict(
-    reward="jpeg-compressibility", prompts=8, group_size=8, steps=10, ode_steps=1, eta=0.7, sde="flow", guidance=4.5, lr=3e-4,
-    anneal_lr=False, clip=1e-4, min_chunk=4, beta=0.04, resolution=512, text_length=128, micro_batch=8, eval_steps=40,
-    eval_images=64, gradient_checkpointing=True,
-)  # fmt: skip
-PRESETS = {
-    "tiny": {},
-    "sd3": SD3,
-    "sd3-medium": SD3,
-    # GCPO's for FLUX.1-dev (https://arxiv.org/abs/2510.21583). It trains all weights, at lr 1e-5; a LoRA takes the rank and
-    # the lr of Flow-GRPO's for FLUX.
-    "flux": SD3 | dict(
-        reward="hpsv3", group_size=12, steps=17, shift=3.0, guidance=3.5, clip=5e-5, beta=0.0, chunk_fraction=0.5, rank=64,
-        resolution=720, text_length=512, micro_batch=4, eval_steps=28,
-    ),
-    # Meant for one GPU of 24 GB, not measured there.
-    "klein": SD3 | dict(guidance=4.0, text_length=512, micro_batch=4, beta=0.0),
-}  # fmt: skip
+from machine import fail, rank_world
 
 
-def fail(message):
-    """Bad input: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+@dataclass
+class Model:
+    """What every program that loads a model has to know of it."""
+
+    model: str = "tiny"
+    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
+    reward: str = "shapes"
+    """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
+    prompt_file: str = ""
+    """text file of prompts, one per line, instead of the reward's own; every fourth is held out"""
+    guidance: float = 1.0
+    """guidance scale. Classifier-free: 1 is without, above 1 costs a second row for each image; FLUX.1-dev takes it as an input"""
+    shift: float = 0.0
+    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
+    resolution: int = 0
+    """height and width of the images; 0 is the model's own"""
+    text_length: int = 1
+    """tokens of T5 (or Qwen3) that a prompt is padded or cut to; a model without T5 gets zeros in their place"""
+    micro_batch: int = 128
+    """latents that go through the model at a time (with classifier-free guidance twice as many rows)"""
+    rank: int = 32
+    """rank of the LoRA; its alpha is twice that"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+
+
+@dataclass
+class Training(Model):
+    """What the three training scripts share beside their algorithm."""
+
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0 over --iterations"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    seed: int = 0
+    """seed of everything; on CPU the same seed gives the same bytes"""
+    output_dir: str = ""
+    """folder of the run; empty: runs/<script>__<model>__<reward>__<seed>__<time>"""
+    resume: str = ""
+    """folder of an interrupted run to continue"""
+    eval_every: int = 10
+    """iterations between evaluations on the held-out prompts"""
+    eval_steps: int = 6
+    """denoising steps of an evaluation, deterministic"""
+    eval_images: int = 864
+    """images of an evaluation, the same number for every category"""
+    save_every: int = 10
+    """iterations between saves of the state"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    compile: bool = True
+    """compile the log-probability, and in a run long enough to repay it the transformer's blocks"""
+
+
+@dataclass
+class Examined(Model):
+    """What the programs share that examine a model, or what a run made of it: evaluate.py and experiments/credit.py."""
+
+    lora: str = ""
+    """folder of a run; its model, reward, steps, guidance and so on are the defaults then. Empty: the model as it is"""
 
 
 def preset_of(model):
-    """The settings that a model starts from: its own or its family's. A model of none ends the program."""
+    """The settings that a model starts from: its family's, or none for the miniature. A model of no family ends the program."""
     check_model(model)
-    if model in PRESETS or miniature.is_miniature(model):
-        return PRESETS.get(model, PRESETS["tiny"])
+    if miniature.is_miniature(model):
+        return {}
     try:
-        return PRESETS[sampler.family_of(model).NAME]
+        return families.of_model(model).PRESET
     except ValueError as error:
         fail(str(error))
+
+
+def cli(Args, description, argv=None, default=None):
+    """An Args from the command line (or `argv`) over `default`; --help lists the class's own flags and those it inherits apart."""
+    shared, default = Args.__bases__[0], default or Args()
+    inherited = {f.name: f for f in fields(shared)}
+    hidden = {name: tyro.conf.Fixed[tyro.conf.Suppress[f.type]] for name, f in inherited.items()}
+    own = dataclass(type("Own", (Args,), {"__annotations__": hidden, **{name: f.default for name, f in inherited.items()}}))
+    groups = [(name, tyro.conf.OmitArgPrefixes[kind]) for name, kind in (("algorithm", own), ("run", shared))]
+    both = make_dataclass("Both", groups)
+    start = both(own(**vars(default)), shared(**{name: getattr(default, name) for name in inherited}))
+    found = tyro.cli(both, description=description, args=argv, default=start)
+    return Args(**vars(found.algorithm) | vars(found.run))
 
 
 def parse_args(Args, description, argv=None):
     """The command line (or `argv`) over the model's preset over the defaults of `Args`, checked."""
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] == "--resume" for flag in argv) or "--help" in argv:
-        model = tyro.cli(Args, description=description, args=[flag for flag in argv if flag not in ("--help", "-h")]).model
-        preset = preset_of(model)
-        known = {name: value for name, value in preset.items() if name in Args.__dataclass_fields__}
-        args = tyro.cli(Args, description=description, default=Args(**known), args=argv)
+        model = cli(Args, description, [flag for flag in argv if flag not in ("--help", "-h")]).model
+        known = {name: value for name, value in preset_of(model).items() if name in Args.__dataclass_fields__}
+        args = cli(Args, description, argv, Args(**known))
     else:  # a run is resumed with the arguments it was started with; those given now win
-        folder = Path(tyro.cli(Args, description=description, args=argv).resume)
+        folder = Path(cli(Args, description, argv).resume)
         if any(flag.split("=")[0] in ("--output-dir", "--output_dir") for flag in argv):
             fail("--resume writes on in the folder it names; leave --output-dir away")
         try:
@@ -77,7 +124,7 @@ def parse_args(Args, description, argv=None):
             args = Args(**{**saved, "resume": str(folder)})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             fail(f"--resume {folder} is not the folder of a run: it has no readable args.json")
-        args = tyro.cli(Args, description=description, default=args, args=argv)
+        args = cli(Args, description, argv, args)
         args.output_dir = str(folder)
     check(args)
     if args.resume and not (Path(args.resume) / "state.pt").exists():
@@ -85,39 +132,9 @@ def parse_args(Args, description, argv=None):
     return args
 
 
-@dataclass
-class Examined:
-    """Flags of the programs that examine a model, or what a run made of it: evaluate.py and experiments/credit.py."""
-
-    model: str = "tiny"
-    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
-    lora: str = ""
-    """folder of a run; its model, reward, steps, guidance and so on are the defaults then. Empty: the model as it is"""
-    reward: str = "shapes"
-    """what images are scored for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
-    prompt_file: str = ""
-    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
-    shift: float = 0.0
-    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
-    guidance: float = 1.0
-    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
-    resolution: int = 0
-    """height and width of the images; 0 is the model's own"""
-    text_length: int = 1
-    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
-    micro_batch: int = 128
-    """latents that go through the model at a time"""
-    rank: int = 32
-    """rank of the LoRA"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the model's matrix products"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-
-
 def parse_examined(Args, description, steps="steps"):
     """The command line over the settings of --lora's run over the model's preset; `steps` is what a run calls --steps."""
-    given = tyro.cli(Args, description=description)
+    given = cli(Args, description)
     saved = dict(preset_of(given.model))
     if given.lora:
         try:
@@ -127,18 +144,13 @@ def parse_examined(Args, description, steps="steps"):
     saved["steps"] = saved.get(steps, Args.steps)
     own = ("output_dir", "substeps", "seed", "device", "dtype")  # not taken from a run
     defaults = {name: saved[name] for name in Args.__dataclass_fields__ if name in saved and name not in own}
-    return tyro.cli(Args, description=description, default=Args(**defaults))
-
-
-def rank_world():
-    """This process's rank and the number of processes, as torchrun sets them; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return cli(Args, description, default=Args(**defaults))
 
 
 def check_model(model):
     """Ends the program if a --model is no name of ours, no saved pipeline and nothing like a hub id."""
-    if model not in sampler.MODELS and not Path(model).is_dir() and model.count("/") != 1:
-        fail(f"--model {model} is neither {', '.join(sampler.MODELS)} nor a folder nor a hub id like owner/name")
+    if model not in families.MODELS and not Path(model).is_dir() and model.count("/") != 1:
+        fail(f"--model {model} is neither {', '.join(families.MODELS)} nor a folder nor a hub id like owner/name")
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         fail(f"--model {model} has no model_index.json, so it is not a pipeline saved by diffusers")
 
@@ -168,25 +180,17 @@ def check(args):
     if not 1 <= args.ode_steps < args.steps:
         fail(f"--ode-steps {args.ode_steps} must be at least 1, as the last step has no noise, and less than --steps {args.steps}")
     counts = "iterations prompts updates micro_batch rank text_length eval_every eval_images eval_steps save_every"
-    for name in f"{counts} chunk_size min_chunk substeps".split():
+    for name in f"{counts} chunk_size max_chunk substeps".split():
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for name in ("lr", "clip", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be a positive number")
-    for name in ("step_fraction", "chunk_fraction"):
-        if not 0 < getattr(args, name, 1.0) <= 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0 and at most 1")
-    S, chunk_size, chunks = args.steps - args.ode_steps, getattr(args, "chunk_size", None), getattr(args, "chunks", None)
-    if chunk_size and chunks:
-        fail("--chunk-size and --chunks exclude each other; give one, or neither for adaptive chunks")
-    if chunk_size and chunk_size > S:
-        fail(f"--chunk-size {chunk_size} must be from 1 to S = {S}, which is --steps less --ode-steps")
-    if chunks and (sum(chunks) != S or min(chunks) < 1):
-        fail(f"--chunks {' '.join(map(str, chunks))} must be positive and sum to S = {S}, which is --steps less --ode-steps")
     limit = 1.0 if args.sde in ("cps", "ddim") else math.inf
     if not 0 < args.eta <= limit:
         fail(f"--eta {args.eta} must be above 0{' and at most 1' if limit == 1 else ''} for --sde {args.sde}")
+    if hasattr(args, "chunks"):
+        check_chunks(args, args.steps - args.ode_steps)
     if args.prompts % rank_world()[1]:
         fail(f"--prompts {args.prompts} cannot be shared equally by {rank_world()[1]} processes; it must be a multiple of that")
     if len(rewards.held_out_prompts(rewards.prompt_set(args)[1], args.eval_images)[0]) < rank_world()[1]:
@@ -198,41 +202,19 @@ def check(args):
             fail(f"--output-dir {args.output_dir} already holds files; name a new folder, or continue the run with --resume")
 
 
-def resolve_device(args):
-    """Replaces `auto` in args.device and args.dtype by what this machine is fastest with; quiets the libraries."""
-    import diffusers  # not above: sampler sets what they say when they are imported
-    import transformers
-
-    sys.excepthook = explain_exception
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" or args.device.startswith("cuda") and rank_world()[1] > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        if int(args.device[5:]) >= torch.cuda.device_count():
-            fail(f"torchrun starts more processes than this machine has GPUs; --nproc-per-node may be {torch.cuda.device_count()}")
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    else:
-        # PyTorch's fused CPU attention is slow in the backward pass of short sequences. Switched off here and not around
-        # the forward pass, because gradient checkpointing runs that again during the backward pass.
-        torch.backends.cuda.enable_flash_sdp(False)
-    if args.dtype == "auto":
-        # bfloat16 only where the processor multiplies it natively; elsewhere it is emulated and slower than float32.
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else native
-        args.dtype = "bfloat16" if fast else "float32"
-
-
-def explain_exception(kind, error, traceback):
-    """Python's own report of an uncaught exception, except that an out-of-memory error names the flags that lower memory."""
-    if not issubclass(kind, torch.OutOfMemoryError):
-        return sys.__excepthook__(kind, error, traceback)
-    print(
-        "error: the GPU is out of memory; the last saved state is kept. These flags lower it: --micro-batch, "
-        "--gradient-checkpointing, --resolution, --dtype bfloat16, --rank",
-        file=sys.stderr,
-    )
+def check_chunks(args, S):
+    """What is particular to gcpo.py, with its S stochastic steps."""
+    if not 0 < args.chunk_fraction <= 1:
+        fail(f"--chunk-fraction {args.chunk_fraction} must be above 0 and at most 1")
+    if args.weighted and args.chunk_fraction == 1:
+        fail("--weighted draws chunks where not all are trained; give --chunk-fraction below 1 with it")
+    if args.chunk_size and args.chunks:
+        fail("--chunk-size and --chunks exclude each other; give one, or neither for adaptive chunks")
+    if args.chunk_size and args.chunk_size > S:
+        fail(f"--chunk-size {args.chunk_size} must be from 1 to S = {S}, which is --steps less --ode-steps")
+    if args.chunks and (sum(args.chunks) != S or min(args.chunks) < 1):
+        sizes = " ".join(map(str, args.chunks))
+        fail(f"--chunks {sizes} must be positive and sum to S = {S}, which is --steps less --ode-steps")
+    longest = max(args.chunks) if args.chunks else args.chunk_size or min(args.max_chunk, S)
+    if longest > args.micro_batch:
+        fail(f"--micro-batch {args.micro_batch} must hold the steps of a whole chunk, of which there are up to {longest}")

@@ -1,130 +1,35 @@
-"""What surrounds an algorithm and none is about: processes, the run's folder, evaluation, saving, reports."""
+"""What surrounds an algorithm and none is about: the run's folder, evaluation, saving and resuming, reports."""
 
 import atexit
 import json
 import math
 import os
-import resource
-import shutil
 import signal
-import sys
 import textwrap
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import make_image_grid
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import families
+import machine
+import miniature
 import rewards
 import sampler
-from arguments import fail, rank_world, resolve_device
+from families.text import encode_ahead
+from machine import fail, gather, gather_objects, rank_world
 from miniature import shapes
 
 WORTH_COMPILING = {"cpu": 1.5e13, "cuda": 1e16}  # latents x tokens x parameters that repay the minutes of compiling the blocks
-
-
-def sum_over_processes(parameters):
-    """Replaces the gradients by their sum over all processes, sent in one piece; a process may have had nothing to train."""
-    if not dist.is_initialized():
-        return
-    gradients = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    dist.all_reduce(gradients)
-    for p, gradient in zip(parameters, gradients.split([p.numel() for p in parameters])):
-        p.grad = gradient.view_as(p)
-
-
-def gather(rows):
-    """The rows of all ranks (world · n, ...) in rank order, from this rank's (n, ...)."""
-    if not dist.is_initialized():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def openmp_threads():
-    """The threads [0 (this one), ...] that share the work of an operation, if nothing parallel has run yet; starts them."""
-    if sys.platform != "linux":
-        return []
-    tasks = lambda: set(map(int, os.listdir("/proc/self/task")))
-    before = tasks()
-    torch.ones(1 << 20).mul_(2)
-    return [0, *sorted(tasks() - before)]
-
-
-@contextmanager
-def bound(threads):
-    """Each thread on a processor of its own, where there are just as many.
-
-    Beside another program two threads would take turns on one processor, each waiting for the other in a loop, and an
-    iteration would take four times as long and more. What is started meanwhile stays on the first processor.
-    """
-    processors = sorted(os.sched_getaffinity(0)) if threads else []
-    if len(threads) == len(processors):
-        for thread, processor in zip(threads, processors):
-            os.sched_setaffinity(thread, {processor})
-    try:
-        yield
-    finally:
-        if processors:
-            os.sched_setaffinity(0, processors)
-
-
-def has_compiler(device):
-    """Whether torch.compile finds what it needs on this machine."""
-    compilers = (os.environ.get("CXX", "g++"),) if device == "cpu" else (os.environ.get("CC", "gcc"), "clang")
-    return any(map(shutil.which, compilers))
-
-
-def now():
-    """Seconds on a clock that first waits for the GPU, whose calls return before their work is done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.monotonic()
-
-
-def evaluate(pipe, args, steps, tuned_steps=None):
-    """Scores the model on held-out prompts, always from the same noise: (scores (N,), prompts, categories, images).
-
-    The ranks share the work and each has all scores; the images are the rank's own, of prompts[rank::world].
-    """
-    rank, world = rank_world()
-    prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args)[1], args.eval_images)
-    noise = torch.randn(len(prompts), *sampler.latent_shape(pipe, args.resolution), generator=torch.Generator().manual_seed(12345))
-    images = sampler.sample_ode(pipe, prompts[rank::world], noise[rank::world], steps, args, tuned_steps)
-    scores = np.zeros(len(prompts))
-    scores[rank::world] = rewards.build(args.reward).verdict(images, prompts[rank::world]).double().numpy()
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, scores)
-        scores = np.sum(parts, axis=0)
-    return scores, prompts, categories, images
-
-
-def category_means(scores, categories):
-    """{category: mean of its scores}"""
-    return {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
-
-
-def lora_state(pipe):
-    return {name: p.detach().cpu() for name, p in get_peft_model_state_dict(pipe.transformer).items()}
-
-
-def set_lora(pipe, weights):
-    """Gives the LoRA the weights of another, named as in `lora_state`; a ValueError says that they are of other layers."""
-    if set_peft_model_state_dict(pipe.transformer, weights).unexpected_keys:
-        raise ValueError("other layers")
 
 
 @contextmanager
@@ -138,20 +43,9 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_lora(pipe, run_dir):
-    """pytorch_lora_weights.safetensors, as load_lora_weights(run_dir) of the family's stock pipeline reads it."""
-    # diffusers' own file has two metadata entries, which safetensors writes in random order: other bytes every time. With
-    # this one alone, which holds the LoRA's alpha, the same weights are the same bytes.
-    config = {f"transformer.{name}": value for name, value in pipe.transformer.peft_config["default"].to_dict().items()}
-    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(config, sort_keys=True, default=sorted)}
-    with replacing(run_dir / "pytorch_lora_weights.safetensors") as temporary:
-        pipe.save_lora_weights(
-            run_dir,
-            transformer_lora_layers=lora_state(pipe),
-            weight_name=temporary.name,
-            # not save_file, whose own temporary file would outlive a kill
-            save_function=lambda weights, path: Path(path).write_bytes(save(weights, metadata)),
-        )
+def write_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def require_writable(folder):
@@ -161,9 +55,13 @@ def require_writable(folder):
         fail(f"--output-dir {folder} cannot be written: {parent} is not a folder that this user may write in")
 
 
-def write_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+def read_scalars(folder):
+    """{tag: [(step, value), ...]} of all that a run has logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
+
+    events = EventAccumulator(str(folder), {"scalars": 0})  # 0: every point
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def save_grid(images, captions, path, columns=8):
@@ -184,20 +82,66 @@ def save_grid(images, captions, path, columns=8):
     return np.asarray(grid)
 
 
-def peak_memory_mb(device):
-    """Most memory the run has held: of the GPU, or of the process on a CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+# Evaluation
+
+
+@dataclass
+class Evaluation:
+    """A model on N held-out prompts. The ranks share the work; each has all figures, and the images of its own prompts."""
+
+    scores: np.ndarray  # (N,) the reward's strict verdict, or the reward; of the miniature always its verifier's verdict
+    prompts: list
+    categories: list
+    images: torch.Tensor  # of prompts[rank::world]
+    looks: list | None = None  # of the miniature's images, N
+    rewards: np.ndarray | None = None  # (N,) what training maximizes, where the verifier's verdict is not of that
+
+    @property
+    def figures(self):
+        """{name: value} of what an evaluation is summed up in."""
+        figures = dict(score=float(self.scores.mean()))
+        if self.looks is not None:
+            figures["variety"] = shapes.variety(self.looks, self.prompts, self.scores)
+        if self.rewards is not None:
+            figures["reward"] = float(self.rewards.mean())
+        return figures
+
+
+def evaluate(pipe, args, steps, tuned_steps=None):
+    """The Evaluation of a model on held-out prompts, always from the same noise; see sampler.sample_ode."""
+    rank, world = rank_world()
+    prompts, categories = rewards.held_out_prompts(rewards.prompt_set(args)[1], args.eval_images)
+    noise = torch.randn(len(prompts), *sampler.latent_shape(pipe, args.resolution), generator=torch.Generator().manual_seed(12345))
+    own = prompts[rank::world]
+    images = sampler.sample_ode(pipe, own, noise[rank::world], steps, args, tuned_steps)
+    reward = rewards.build(args.reward)
+    parts = {}
+    if miniature.is_miniature(args.model) and images.shape[-1] == shapes.SIZE:
+        parts["scores"], _, parts["looks"] = shapes.examine(images.numpy(), own)
+        if args.reward != "shapes":
+            parts["rewards"] = reward.score(images, own).numpy()
+    else:
+        parts["scores"] = reward.verdict(images, own).numpy()
+    everyone, whole = gather_objects(parts), {}
+    for name in parts:
+        values = [None] * len(prompts)
+        for r, theirs in enumerate(everyone):
+            values[r::world] = theirs[name]
+        whole[name] = values if name == "looks" else np.array(values, np.float64)
+    return Evaluation(prompts=prompts, categories=categories, images=images, **whole)
+
+
+def category_means(scores, categories):
+    """{category: mean of its scores}"""
+    return {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
 
 
 def load(args):
     """The reward's networks and the pipeline with a fresh LoRA or that of the run args.lora; what does not fit ends the program."""
     try:
-        sampler.family_of(args.model)  # first, since a reward's networks may take minutes
+        families.of_model(args.model)  # first, since a reward's networks may take minutes
         rewards.load(args.reward)
-        pipe = sampler.load_pipeline(args)
+        pipe = families.load_pipeline(args)
     except ValueError as error:
         fail(str(error))
     size = args.resolution or sampler.latent_shape(pipe)[-1] * pipe.vae_scale_factor
@@ -205,8 +149,7 @@ def load(args):
         fail(f"--reward shapes judges {shapes.SIZE} x {shapes.SIZE} images, which this model does not make; take another reward")
     if getattr(args, "lora", ""):
         try:
-            weights = load_file(Path(args.lora) / "pytorch_lora_weights.safetensors")
-            set_lora(pipe, {name.removeprefix("transformer."): weight for name, weight in weights.items()})
+            families.load_lora(pipe, args.lora)
         except Exception as error:
             fail(f"the LoRA in {args.lora} does not load into --model {args.model} ({type(error).__name__})")
     return pipe
@@ -216,36 +159,34 @@ class Run:
     """A training run: its processes, folder, TensorBoard page, held-out scores, saves and stops. Only rank 0 prints and writes."""
 
     def __init__(self, args, script):
-        """Joins the other processes, loads pipeline and reward, makes the folder; what is wrong is found before a loss."""
+        """Joins the other processes and loads pipeline and reward; what is wrong is found here."""
         self.args, self.script, self.held_out, self.seconds = args, script, {}, 0.0
         self.rank, self.world = rank_world()
-        self.threads = openmp_threads()
-        resolve_device(args)
+        threads = machine.openmp_threads()
+        machine.resolve_device(args)
+        self.threads = threads if args.device == "cpu" else []
         if not args.output_dir:
             name = Path(args.model).name
             args.output_dir = f"runs/{script}__{name}__{args.reward}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if self.world > 1:
             dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
             atexit.register(dist.destroy_process_group)
-            shared = [args.output_dir]  # the ranks' clocks may have named it differently
-            dist.broadcast_object_list(shared)
-            args.output_dir = shared[0]
-        if args.compile and not has_compiler(args.device):
-            print("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same" * (self.rank == 0))
+            args.output_dir = gather_objects(args.output_dir)[0]  # the ranks' clocks may have named it differently
+        if args.compile and not machine.has_compiler(args.device):
+            self.say("no C++ compiler found: the log-probability runs uncompiled, which is slower but the same")
             args.compile = False
         torch.compiler.set_stance("default" if args.compile else "force_eager")
         torch.manual_seed(args.seed)
         self.folder = Path(args.output_dir)
+        self.say(f"{script}: " + ", ".join(f"{name} {value}" for name, value in asdict(args).items() if value not in (None, "")))
         if self.rank == 0:
-            print(f"{script}: " + ", ".join(f"{name} {value}" for name, value in asdict(args).items() if value not in (None, "")))
             require_writable(self.folder)
         self.pipe = load(args)
-        compiled = self.compile_blocks()
-        train_prompts, _ = rewards.prompt_set(args)
-        sampler.encode(self.pipe, sum(train_prompts.values(), [])[:512], args)  # a larger set goes on as its prompts are drawn
-        if self.rank == 0 and not args.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "args.json", {"script": script, "compiled_blocks": compiled, **asdict(args)})
+        self.compiled = self.compile_blocks()
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text)
 
     def compile_blocks(self):
         """Compiles the transformer's blocks where --compile is on and the planned work repays a minute or two of compiling.
@@ -260,113 +201,126 @@ class Run:
             work = latents * self.pipe.image_tokens * sum(p.numel() for p in self.pipe.transformer.parameters())
             compiled = work >= WORTH_COMPILING["cpu" if args.device == "cpu" else "cuda"]
         compiled = compiled and args.compile
-        if self.rank == 0:
-            why = "the planned iterations repay it" if compiled else "too few iterations to repay it, or --no-compile"
-            print(f"the transformer's blocks are {'' if compiled else 'not '}compiled: {why}")
+        why = "the planned iterations repay it" if compiled else "too few iterations to repay it, or --no-compile"
+        self.say(f"the transformer's blocks are {'' if compiled else 'not '}compiled: {why}")
         if compiled:
-            sampler.compile_blocks(self.pipe.transformer)
+            families.compile_blocks(self.pipe.transformer)
         return compiled
 
-    def iterations(self, optimizer):
-        """Yields the iterations left to do. Before the first it scores the base model, or restores an interrupted run.
-
-        After each it logs, saves, scores, and leaves if Ctrl-C was pressed; a second Ctrl-C is Python's own.
-        """
-        args, self.optimizer = self.args, optimizer
-        stop_requested = []
+    def start(self, optimizer):
+        """Makes the folder and scores the base model, or restores an interrupted run; gives the first iteration to do."""
+        args, self.optimizer, self.stop_requested = self.args, optimizer, False
 
         def request_stop(*_):
-            stop_requested.append(True)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.stop_requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is Python's own
 
         signal.signal(signal.SIGINT, request_stop)
         first = self.restore() if args.resume else 0
+        train, held_out = rewards.prompt_set(args)
+        to_come = [np.random.default_rng((args.seed, i)) for i in range(first, args.iterations)]  # as the scripts draw
+        drawn = [prompt for rng in to_come for prompt in rewards.sample_prompts(train, args.prompts, rng)]
+        encode_ahead(self.pipe, [*rewards.held_out_prompts(held_out, args.eval_images)[0], *drawn], args)
+        if self.rank == 0 and not args.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = {"script": self.script, "compiled_blocks": self.compiled, **asdict(args)}
+            write_json(self.folder / "args.json", content)
         if self.rank == 0:  # purging drops what a killed run logged after its last save
             self.writer = SummaryWriter(self.folder, purge_step=first + bool(args.resume))
         if not args.resume:
             if self.rank == 0:
                 self.writer.add_text("args", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
             self.evaluate(0)
-        bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, dynamic_ncols=True, disable=self.rank > 0)
-        for iteration in bar:
-            self.laps, self.stats, self.logged, self.stamp = {}, defaultdict(float), {}, now()
-            self.evaluates = (iteration + 1) % args.eval_every == 0 or iteration + 1 == args.iterations
-            with bound(self.threads):
+        return first
+
+    def iterations(self, first):
+        """The iterations from `first` on, behind a progress bar."""
+        total = self.args.iterations
+        self.bar = tqdm(range(first, total), initial=first, total=total, dynamic_ncols=True, disable=self.rank > 0)
+        with machine.bound(self.threads):
+            for iteration in self.bar:
+                self.laps, self.sums, self.stamp = {}, defaultdict(float), machine.now()
                 yield iteration
-            self.write_scalars(iteration + 1)
-            bar.set_postfix(reward=f"{self.logged['charts/reward']:.3f}", best=f"{self.held_out['best_score']:.3f}")
-            if self.evaluates:
-                self.evaluate(iteration + 1)
-            stop = gather(torch.tensor([len(stop_requested)], device=args.device)).any()
-            if (iteration + 1) % args.save_every == 0 or iteration + 1 == args.iterations or stop:
-                self.save(iteration + 1)
-            if stop and iteration + 1 < args.iterations:
-                raise SystemExit(f"stopped after iteration {iteration + 1}; continue with --resume {self.folder}")
-        if self.rank == 0:
-            self.writer.close()
-            self.report()
 
     def lap(self, name):
         """Books the seconds since the last lap, or the start of the iteration, as time/<name>."""
-        stamp = now()
+        stamp = machine.now()
         self.laps[f"time/{name}"], self.stamp = stamp - self.stamp, stamp
 
-    def record(self, section, number, weight=1.0, **values):
-        """Adds values (n,) with weights (n,) to the iteration's <section>/<name>_<number>, a weighted mean over all processes."""
-        for name, value in values.items():
-            weight = torch.as_tensor(weight, device=value.device).expand(len(value))
-            self.stats[f"{section}/{name}_{number}"] += torch.stack([(weight * value.detach()).sum(), weight.sum()])
+    def average(self, values, weight=1.0):
+        """Adds {tag: values (n,)} with weights (n,) to the iteration's weighted means over all processes."""
+        for tag, value in values.items():
+            w = torch.as_tensor(weight, device=value.device).expand(len(value))
+            self.sums[tag] += torch.stack([(w * value.detach()).sum(), w.sum()])
 
     def require_finite(self, norm):
         """Ends the run before a gradient whose norm is not finite spoils the weights."""
         if not norm.isfinite():
             raise SystemExit(f"the gradient is not finite; the last good state is kept in {self.folder}")
 
-    def log(self, values):
-        """Numbers, and arrays as histograms, of this iteration by their names on the TensorBoard page."""
-        self.logged |= values
+    def log(self, done, values):
+        """Writes the iteration's {tag: number, or array for a histogram} with its averages, laps and rate."""
+        sums = defaultdict(float)
+        for theirs in gather_objects({tag: value.cpu() for tag, value in self.sums.items()}):  # a process may have trained nothing
+            for tag, value in theirs.items():
+                sums[tag] += value
+        seconds = sum(self.laps.values())
+        self.seconds += seconds
+        values = values | {tag: (total / weight).item() for tag, (total, weight) in sums.items()} | self.laps
+        values["charts/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        values["charts/images_per_second"] = self.args.prompts * self.args.group_size / seconds
+        for tag, value in values.items() if self.rank == 0 else ():
+            (self.writer.add_histogram if np.ndim(value) else self.writer.add_scalar)(tag, value, done)
+        self.bar.set_postfix(reward=f"{values['charts/reward']:.3f}", **self.shown)
 
-    def picture(self, name, step, images, captions, columns=8, tag=None):
+    def picture(self, name, done, images, captions, columns=8, tag=None):
         """Saves a grid of images over their captions as <name>.png and shows it on the TensorBoard page."""
         if self.rank == 0:
             grid = save_grid(images, captions, self.folder / f"{name}.png", columns)
-            self.writer.add_image(tag or name, grid, step, dataformats="HWC")
+            self.writer.add_image(tag or name, grid, done, dataformats="HWC")
 
-    def write_scalars(self, step):
-        sums = {name: value.tolist() for name, value in self.stats.items()}
-        if self.world > 1:  # a process may have had nothing to train, and so other names
-            parts = [None] * self.world
-            dist.all_gather_object(parts, sums)
-            sums = {name: np.sum([part[name] for part in parts if name in part], axis=0) for part in parts for name in part}
-        seconds = sum(self.laps.values())
-        self.seconds += seconds
-        images = self.args.prompts * self.args.group_size
-        scalars = {name: total / weight for name, (total, weight) in sums.items()} | self.logged | self.laps
-        scalars |= {"charts/learning_rate": self.optimizer.param_groups[0]["lr"], "charts/images_per_second": images / seconds}
-        for name, value in scalars.items() if self.rank == 0 else ():
-            (self.writer.add_histogram if np.ndim(value) else self.writer.add_scalar)(name, value, step)
+    def evaluates(self, done):
+        """Whether the model is evaluated after so many iterations."""
+        return done % self.args.eval_every == 0 or done == self.args.iterations
 
-    def evaluate(self, step):
-        """Scores the model on the held-out prompts and draws them: before.png at step 0, then after.png."""
-        scores, prompts, categories, images = evaluate(self.pipe, self.args, self.args.eval_steps)
-        score = float(scores.mean())
-        when, name, picture = ("final", f"iteration {step}", "after") if step else ("base", "base model", "before")
-        self.held_out |= {f"{when}_score": score, f"{when}_categories": category_means(scores, categories)}
-        self.held_out["best_score"] = max(score, self.held_out.get("best_score", score))
+    def evaluate(self, done):
+        """Every --eval-every iterations scores the model on the held-out prompts and draws them: before.png, then after.png."""
+        if not self.evaluates(done):
+            return
+        found = evaluate(self.pipe, self.args, self.args.eval_steps)
+        when, name, picture = ("final", f"iteration {done}", "after") if done else ("base", "base model", "before")
+        self.held_out |= {f"{when}_{figure}": value for figure, value in found.figures.items()}
+        self.held_out |= {f"{when}_categories": category_means(found.scores, found.categories)}
+        self.held_out["best_score"] = max(found.scores.mean().item(), self.held_out.get("best_score", 0.0))
+        self.shown = {figure: f"{value:.3f}" for figure, value in found.figures.items()}
         if self.rank == 0:
-            self.writer.add_scalar("charts/held_out_score", score, step)
-            tqdm.write(f"{name}: held-out score {score:.3f}")
-        self.picture(picture, step, images, prompts[self.rank :: self.world], tag="held_out")
+            for figure, value in found.figures.items():
+                self.writer.add_scalar("charts/variety" if figure == "variety" else f"charts/held_out_{figure}", value, done)
+            tqdm.write(f"{name}: held-out " + ", ".join(f"{figure} {value}" for figure, value in self.shown.items()))
+            if found.looks is not None:
+                kept = dict(prompts=found.prompts, verdicts=found.scores.astype(np.uint8), looks=found.looks)
+                with replacing(self.folder / "evaluation.npz") as temporary, open(temporary, "wb") as file:
+                    np.savez_compressed(file, **kept)
+        self.picture(picture, done, found.images, found.prompts[self.rank :: self.world], tag="held_out")
 
-    def save(self, done):
-        """The LoRA, and everything a run continues from in one file, state.pt; each is replaced whole."""
+    def save(self, done, due=False):
+        """Every --save-every iterations the LoRA, and everything a run continues from in state.pt; each is replaced whole."""
+        if not (due or done % self.args.save_every == 0 or done == self.args.iterations):
+            return
         if self.rank == 0:
-            save_lora(self.pipe, self.folder)
-            state = dict(lora=lora_state(self.pipe), optimizer=self.optimizer.state_dict(), iteration=done)
+            with replacing(self.folder / families.LORA_FILE) as temporary:
+                families.save_lora(self.pipe, temporary)
+            state = dict(lora=families.lora_state(self.pipe), optimizer=self.optimizer.state_dict(), iteration=done)
             with replacing(self.folder / "state.pt") as temporary:
                 torch.save({**state, "seconds": self.seconds, "held_out": self.held_out}, temporary)
         if self.world > 1:
             dist.barrier()  # when one process leaves torchrun ends the others, so none leaves while rank 0 writes
+
+    def stop_if_asked(self, done):
+        """After Ctrl-C saves and ends the run."""
+        if any(gather_objects(self.stop_requested)) and done < self.args.iterations:
+            self.save(done, due=True)
+            raise SystemExit(f"stopped after iteration {done}; continue with --resume {self.folder}")
 
     def restore(self):
         """Gives LoRA and optimizer the state of an interrupted run and returns the number of iterations done.
@@ -376,7 +330,7 @@ class Run:
         args, path = self.args, self.folder / "state.pt"
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-            set_lora(self.pipe, state["lora"])
+            families.set_lora(self.pipe, state["lora"])
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:
             fail(f"{path} cannot be resumed from ({type(error).__name__}): it is damaged or was made with other settings")
@@ -390,25 +344,32 @@ class Run:
             if rate == 0:
                 fail("the run's learning rate has fallen to 0; say with --lr from which rate the further iterations start")
             args.lr = rate / (1 - done / args.iterations)
-            print(f"the learning rate goes on falling from {rate:.2g}" * (self.rank == 0))
+            self.say(f"the learning rate goes on falling from {rate:.2g}")
+        self.optimizer.param_groups[0]["lr"] = args.lr
         if self.world > 1:
             dist.barrier()  # all have read what rank 0 replaces now
         if self.rank == 0:
             (self.folder / "result.json").unlink(missing_ok=True)  # of the shorter run
             write_json(self.folder / "args.json", saved | asdict(args))
         self.seconds, self.held_out = state["seconds"], state["held_out"]
+        self.shown = {name: f"{self.held_out[f'final_{name}']:.3f}" for name in ("score",) if f"final_{name}" in self.held_out}
         return done
 
     def report(self):
         """Writes result.json and prints, by category, what the run did to the held-out score and where to look."""
+        if self.rank > 0:
+            return
+        self.writer.close()
         args, held_out, folder = self.args, self.held_out, self.folder
         result = dict(algorithm=self.script, model=args.model, reward=args.reward, seed=args.seed, iterations=args.iterations)
-        result |= dict(**held_out, seconds=self.seconds, train_images=args.iterations * args.prompts * args.group_size)
-        result |= dict(peak_memory_mb=peak_memory_mb(args.device))
+        result |= dict(base_variety=None, final_variety=None) | held_out | dict(seconds=self.seconds)
+        result |= dict(train_images=args.iterations * args.prompts * args.group_size)
+        result |= dict(peak_memory_mb=machine.peak_memory_mb(args.device))
         write_json(folder / "result.json", result)
-        for name, base in held_out["base_categories"].items():
-            print(f"{name:20} {base:7.3f} -> {held_out['final_categories'].get(name, math.nan):7.3f}")
-        print(f"{'all':20} {held_out['base_score']:7.3f} -> {held_out['final_score']:7.3f}")
+        rows = {name: (base, held_out["final_categories"].get(name)) for name, base in held_out["base_categories"].items()}
+        rows |= {f"all: {name}": (held_out[f"base_{name}"], held_out[f"final_{name}"]) for name in self.shown}
+        for name, (base, final) in rows.items():
+            print(f"{name:20} {base:7.3f} -> {math.nan if final is None else final:7.3f}")
         print(f"{self.seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
         print(f"Look at it: tensorboard --logdir {folder.parent}, or {folder}/before.png and after.png")
         print(f"Load it in diffusers: {type(self.pipe).__name__}.from_pretrained(...).load_lora_weights('{folder}')")

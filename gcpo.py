@@ -8,7 +8,7 @@ The first S of T steps follow an SDE in place of the flow's ODE: step k < S draw
 likelihood (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (GCPO eq. 4)
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step
     r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
     loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
@@ -19,6 +19,7 @@ Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level rat
 import math
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,94 +28,54 @@ import torch
 
 import arguments
 import bookkeeping
+import families
+import machine
 import rewards
 import sampler
 
-Chunk = namedtuple("Chunk", "b first size index weight")  # `size` steps of trajectory b from `first` on; weight in the loss
+Chunk = namedtuple("Chunk", "b first size weight")  # `size` steps of trajectory b from `first` on; weight in the loss
 
 
 @dataclass
-class Args:
-    model: str = "tiny"
-    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
-    reward: str = "shapes"
-    """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
-    prompt_file: str = ""
-    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
+class Args(arguments.Training):
     iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
-    """P: prompts an iteration, over all processes"""
+    """P: prompts per iteration, over all processes"""
     group_size: int = 16
-    """G: images a prompt, from the same initial noise"""
+    """G: images per prompt, from the same initial noise"""
     steps: int = 6
     """T: denoising steps"""
     ode_steps: int = 3
     """the last of these T follow the ODE; the S before them are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
-    sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
+    sde: sampler.SDE = "cps"
     """transition kernel, see sampler.sde_step"""
-    shift: float = 0.0
-    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
-    guidance: float = 1.0
-    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
+    step_weights: sampler.STEP_WEIGHTS = "none"
+    """weight of each step's log-probability, see sampler.step_weights"""
     lr: float = 2e-3
     """learning rate of AdamW"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0 over --iterations"""
     clip: float = 3e-4
     """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
     beta: float = 0.0
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
-    """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
+    """optimizer steps per rollout; all but the first are off-policy, which is what the clip is for"""
     global_std: bool = True
     """divide advantages by the std of all rewards of the iteration; --no-global-std: by each group's own"""
     chunk_size: int | None = None
     """chunks of this many steps, the remainder last; without it and --chunks the chunks are adaptive"""
     chunks: tuple[int, ...] | None = None
-    """explicit chunk sizes, such as 2 3; they must sum to the stochastic steps S"""
-    min_chunk: int = 2
+    """explicit chunk sizes, such as 2 1; they must sum to the stochastic steps S"""
+    max_chunk: int = 2
     """adaptive chunks no longer than this are not split further"""
     distance: Literal["l1", "l2", "cosine"] = "l1"
     """relative distance between consecutive latents, which adaptive chunks and weights follow"""
     chunk_fraction: float = 1.0
-    """share of a trajectory's chunks that is trained, drawn afresh each iteration"""
+    """share of a trajectory's chunks that is trained, drawn anew in each iteration"""
     weighted: bool = False
     """draw chunks in proportion to their mean relative distance instead of uniformly (eq. 17)"""
-    rank: int = 32
-    """rank of the LoRA; its alpha is twice that"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    seed: int = 0
-    """seed of everything; on CPU the same seed gives the same bytes"""
-    output_dir: str = ""
-    """folder of the run; empty: runs/<script>__<model>__<reward>__<seed>__<time>"""
-    resume: str = ""
-    """folder of an interrupted run to continue"""
-    eval_every: int = 10
-    """iterations between evaluations on the held-out prompts"""
-    eval_steps: int = 6
-    """denoising steps of an evaluation, deterministic"""
-    eval_images: int = 864
-    """images of an evaluation, the same number for every category"""
-    save_every: int = 10
-    """iterations between saves of the state"""
-    resolution: int = 0
-    """height and width of the images; 0 is the model's own"""
-    text_length: int = 1
-    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
-    micro_batch: int = 128
-    """latents that go through the model at a time (with guidance twice that)"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    compile: bool = True
-    """compile the log-probability, and in a run long enough to repay it the transformer's blocks"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
 
 
 def group_advantages(rewards, group_size, global_std=False):
@@ -130,22 +91,6 @@ def group_advantages(rewards, group_size, global_std=False):
     return (centred / (std + 1e-4) * has_spread).clamp(-5, 5).flatten()
 
 
-def with_signal(advantages, group_size):
-    """Indices of the trajectories whose group has any advantage but 0; the others would train nothing."""
-    groups = advantages.view(len(advantages) // group_size, -1)
-    return groups.any(1).repeat_interleave(group_size).nonzero().flatten()
-
-
-def distinct_states(b, k, group_size):
-    """Rows that share a state share a call: a group starts from one noise, so at step 0 its trajectories have one state.
-
-    Of transitions (n,), steps k of trajectories b: the distinct states (b (m,), k (m,)) and which one each transition has (n,).
-    """
-    first_of_group = b - b % group_size
-    (b, k), state = torch.unique(torch.stack([torch.where(k == 0, first_of_group, b), k]), dim=1, return_inverse=True)
-    return b, k, state
-
-
 def log_prob(x_next, mean, std):
     """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
     z = (x_next - mean) / std
@@ -153,10 +98,13 @@ def log_prob(x_next, mean, std):
 
 
 @torch.compile(dynamic=True)
-def transition_log_prob(v, x, x_next, sigma, sigma_next, sigma_max, eta, sde):
-    """Log-probability (B,) of the transition from x to x_next (B, ...) at velocity v: one fused pass over the latents."""
+def transition_log_prob(v, x, x_next, sigma, sigma_next, weight, sigma_max, eta, sde):
+    """Log-probability (B,) of the step from x to x_next (B, ...) at velocity v, times its weight: one pass over the latents.
+
+    Rollout and training call this one function, so that its rounding is the same and the ratio starts at 1.
+    """
     mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
-    return log_prob(x_next, mean, std)
+    return weight * log_prob(x_next, mean, std)
 
 
 def clipped_loss(ratio, advantages, clip):
@@ -169,8 +117,7 @@ def relative_distance(trajectory, distance="l1"):
     x, x_next = trajectory[:, :-1].flatten(2), trajectory[:, 1:].flatten(2)
     if distance == "cosine":
         return 1 - torch.cosine_similarity(x, x_next, dim=-1)
-    order = {"l1": 1, "l2": 2}[distance]
-    return (x - x_next).norm(order, dim=-1) / x.norm(order, dim=-1)
+    return (x - x_next).norm(int(distance[1]), dim=-1) / x.norm(int(distance[1]), dim=-1)
 
 
 def fixed_chunks(num_steps, chunk_size):
@@ -178,21 +125,19 @@ def fixed_chunks(num_steps, chunk_size):
     return [min(chunk_size, num_steps - start) for start in range(0, num_steps, chunk_size)]
 
 
-def adaptive_chunks(curve, min_chunk=4):
+def adaptive_chunks(curve, max_chunk=4):
     """Sizes of chunks that follow the shape of a trajectory's distance curve (S,). GCPO section 4.3.
 
-    Steps over which the curve's first difference keeps its sign belong together: a rise is one chunk, a fall another.
-    Where the sign never changes the segment is halved. Each part is divided again by its next order of difference (its
-    curvature, and so on) until it is no longer than `min_chunk`. Choices where the paper is silent: min_chunk is 4 (in the
-    miniature 2); step k takes the sign of d_{k+1} - d_k, the last steps of a segment the last sign; a segment too short is halved.
+    Steps over which the curve's first difference keeps its sign belong together; where it never changes the segment is halved.
+    Each part is divided again by its next order of difference, until it is no longer than `max_chunk`. Choices where the paper is
+    silent: that number; step k takes the sign of d_{k+1} - d_k, a segment's last steps the last sign; too short ones are halved.
     """
 
     def split(segment, order):
-        size = len(segment)
-        if size <= min_chunk:
-            return [size]
+        if len(segment) <= max_chunk:
+            return [len(segment)]
         signs = np.sign(np.diff(segment, order))
-        cuts = [k + 1 for k in range(len(signs) - 1) if signs[k] != signs[k + 1]] or [size // 2]
+        cuts = [k + 1 for k in range(len(signs) - 1) if signs[k] != signs[k + 1]] or [len(segment) // 2]
         return [chunk for part in np.split(segment, cuts) for chunk in split(part, order + 1)]
 
     return split(np.asarray(curve, np.float64), 1)
@@ -200,9 +145,7 @@ def adaptive_chunks(curve, min_chunk=4):
 
 def chunk_means(values, chunk_sizes):
     """Means (..., K) over consecutive chunks of the given sizes of values (..., N)."""
-    sizes = torch.tensor(chunk_sizes, device=values.device)
-    chunk_of = torch.arange(len(sizes), device=values.device).repeat_interleave(sizes)  # (N,) the chunk of each value
-    return values.new_zeros(*values.shape[:-1], len(sizes)).index_add(-1, chunk_of, values) / sizes
+    return torch.stack([chunk.mean(-1) for chunk in values.split(chunk_sizes, -1)], -1)
 
 
 def chunk_log_ratio(log_prob_new, log_prob_old, chunk_sizes):
@@ -210,145 +153,146 @@ def chunk_log_ratio(log_prob_new, log_prob_old, chunk_sizes):
     return chunk_means(log_prob_new - log_prob_old, chunk_sizes)
 
 
-def chunk_weights(curve, chunk_sizes):
-    """Probability (K,) of drawing each chunk: its mean relative distance, from a curve (S,), over their sum. GCPO eq. 17."""
-    moved = np.add.reduceat(curve, np.cumsum([0, *chunk_sizes[:-1]])) / chunk_sizes
-    return moved / moved.sum()
+def draw_chunks(plan, curve, fraction, weighted, rng):
+    """Some of a trajectory's chunks, (first step, size): uniformly or, `weighted`, by their mean relative distance. GCPO eq. 17."""
+    starts = np.cumsum([0, *plan[:-1]])
+    moved = np.add.reduceat(curve, starts) / plan if weighted else np.ones(len(plan))
+    drawn = rng.choice(len(plan), math.ceil(fraction * len(plan)), replace=False, p=moved / moved.sum())
+    return [(starts[j], plan[j]) for j in drawn]
 
 
 def batch_chunks(chunks, micro_batch):
-    """Chunks (b, first step, size, ...) in as few even batches of whole chunks as have at most `micro_batch` steps, or one chunk.
-
-    The exponential and the clip of eq. 14 act on a chunk, so all of its steps must be there in one backward pass.
-    """
-    chunks = sorted(chunks)  # by trajectory, so that rows that share a state share a batch
-    for n in range(1, len(chunks) + 1):
-        batches = [chunks[len(chunks) * i // n : len(chunks) * (i + 1) // n] for i in range(n)]
-        if n == len(chunks) or max(sum(chunk.size for chunk in batch) for batch in batches) <= micro_batch:
-            return batches
-    return []
+    """Lists of whole chunks, at most `micro_batch` steps together: eq. 14 clips a chunk's ratio, so all of its steps must be there."""
+    batches, steps = [], micro_batch
+    for chunk in sorted(chunks):  # by trajectory, so that rows that share a state share a batch
+        steps += chunk.size
+        if steps > micro_batch:
+            batches.append([])
+            steps = chunk.size
+        batches[-1].append(chunk)
+    return batches
 
 
 if __name__ == "__main__":
     args = arguments.parse_args(Args, __doc__)
     run = bookkeeping.Run(args, Path(__file__).stem)
-    pipe = run.pipe
+    pipe, rank, world = run.pipe, run.rank, run.world
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
-    rank, world = run.rank, run.world
     S, G, P = args.steps - args.ode_steps, args.group_size, args.prompts // world
-    B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
+    B = P * G  # trajectories of this process: `mine` of the world's, in group-major order
     mine = range(rank * B, (rank + 1) * B)
-    group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
+    everyone = torch.arange(B, device=args.device)
+    group = everyone // G  # (B,) prompt of each trajectory
 
-    # Optimizer, prompts, noise schedule
+    # Optimizer, prompts, noise schedule, and the kernel with its constants filled in
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
     reward_function = rewards.build(args.reward)
     train_prompts, _ = rewards.prompt_set(args)
     sigmas = sampler.schedule(pipe, args.steps, args.device)
-    kernel = (sigmas[1].item(), args.eta, args.sde)
-    shape = sampler.latent_shape(pipe, args.resolution)
+    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)
+    sde_step, step_log_prob = partial(sampler.sde_step, **kernel), partial(transition_log_prob, **kernel)
+    _, std = sde_step(sigmas[:S], sigmas[:S], sigmas[:S], sigmas[1 : S + 1])  # (S,), the same for any v and x
+    step_weights = sampler.step_weights(args.step_weights, std, sigmas[1 : S + 1] - sigmas[:S])
 
     # What a rollout fills, made once: two iterations' are never held at a time
+    shape = sampler.latent_shape(pipe, args.resolution)
     trajectory = torch.empty(B, args.steps + 1, *shape, device=args.device)  # x_0 ... x_T
     log_prob_old = torch.empty(B, S, device=args.device)
 
     def velocity(b, k):
-        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,)."""
-        b, k, state = distinct_states(b, k, G)
+        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,). Rows that share a state share a call."""
+        b = torch.where(k == 0, b - b % G, b)  # at step 0 a group has one state, its noise: that of its first trajectory
+        (b, k), state = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
         v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
-        return v.index_select(0, state)  # whose backward pass adds rows in a fixed order, other than that of v[state]
+        return v.index_select(0, state)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
 
-    for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
+    first_iteration = run.start(optimizer)  # 0 after scoring the base model, or where an interrupted run left off
+    for iteration in run.iterations(first_iteration):
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations)
         rng = np.random.default_rng((args.seed, iteration))
         prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
+        prompt_of = [prompt for prompt in prompts for _ in range(G)]  # (B,)
         text = sampler.encode(pipe, prompts, args)
 
-        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
-        noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
-        trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
-        noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
+        # Roll out: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
+        start, noise = sampler.rollout_noise(args, iteration, range(rank * P, (rank + 1) * P), shape)
+        trajectory[:, 0] = start.to(args.device)[group]
         with torch.no_grad():
-            for rows in sampler.even_batches(torch.arange(B, device=args.device), args.micro_batch):
+            for rows in sampler.batches(everyone, args.micro_batch):
                 for k in range(args.steps):
-                    x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = velocity(rows, torch.full_like(rows, k))
-                    if k >= S:
-                        trajectory[rows, k + 1] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
-                        continue
-                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
-                    x_next = mean + std * noise[rows, k]
+                    x, v = trajectory[rows, k], velocity(rows, torch.full_like(rows, k))
+                    if k < S:
+                        mean, std = sde_step(v, x, sigmas[k], sigmas[k + 1])
+                        x_next = mean + std * noise[rows.cpu(), k].to(args.device)
+                        log_prob_old[rows, k] = step_log_prob(v, x, x_next, sigmas[k], sigmas[k + 1], step_weights[k])
+                    else:
+                        x_next = x + v * (sigmas[k + 1] - sigmas[k])
                     trajectory[rows, k + 1] = x_next
-                    # mean and std once more: the very function that training uses, so that the ratio begins at exactly 1
-                    log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
-        del noise, noises
+        del noise
         run.lap("sample")
 
-        # Reward and advantage; trajectories of groups without spread are not kept
+        # Judge: the reward of every image
         images = sampler.decode(pipe, trajectory[:, -1])
         run.lap("decode")
-        prompt_of = [prompts[p] for p in group.tolist()]
-        scores = bookkeeping.gather(reward_function.score(images, prompt_of).to(args.device))
-        advantages = group_advantages(scores, G, args.global_std)
-        kept = with_signal(advantages, G).cpu().numpy()
-        advantages = advantages[mine.start : mine.stop]
+        scores = machine.gather(reward_function.score(images, prompt_of).to(args.device))
         run.lap("reward")
 
-        curves = bookkeeping.gather(relative_distance(trajectory[:, : S + 1], args.distance)).double().cpu().numpy()
-        fixed = list(args.chunks or ()) or (args.chunk_size and fixed_chunks(S, args.chunk_size))
-        plans = [fixed or adaptive_chunks(curve, args.min_chunk) for curve in curves]  # of every trajectory
-        step_weights = np.zeros(S)  # of a step in the loss, over its weight in GRPO's
+        # Credit: advantages; a trajectory without any would train nothing
+        advantages = group_advantages(scores, G, args.global_std)
+        kept = advantages.nonzero()[:, 0].unique().cpu().numpy()
+        advantages = advantages[mine.start : mine.stop]
 
-        # Optimize, in --updates parts. Every process draws for all trajectories, so that their generators stay in step, and
-        # trains its own
+        # Chunks of every trajectory: given, of one size, or adapted to how far it moves at each step
+        curves = machine.gather(relative_distance(trajectory[:, : S + 1], args.distance)).double().cpu().numpy()
+        if args.chunks or args.chunk_size:
+            plans = [list(args.chunks or fixed_chunks(S, args.chunk_size))] * len(curves)
+        else:
+            plans = [adaptive_chunks(curve, args.max_chunk) for curve in curves]
+
+        # Update, in --updates parts; every process draws for all trajectories and trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             chunks = []
             for b in part.tolist():
-                plan, starts = plans[b], np.cumsum([0, *plans[b]])
-                drawn = math.ceil(args.chunk_fraction * len(plan))
-                for j in rng.choice(len(plan), drawn, replace=False, p=chunk_weights(curves[b], plan) if args.weighted else None):
-                    weight = 1 / (len(part) * drawn)  # for the mean over trajectories of the mean over their chunks
-                    step_weights[starts[j] : starts[j + 1]] += S * weight / plan[j] / args.updates
-                    if b in mine:
-                        chunks.append(Chunk(b - mine.start, starts[j], plan[j], j, weight))
+                drawn = draw_chunks(plans[b], curves[b], args.chunk_fraction, args.weighted, rng)
+                weight = 1 / (len(part) * len(drawn))  # for the mean over trajectories of the mean over their chunks
+                chunks += [Chunk(b - mine.start, first, size, weight) for first, size in drawn if b in mine]
             for micro in batch_chunks(chunks, args.micro_batch):
-                sizes = [chunk.size for chunk in micro]
-                weight = torch.tensor([chunk.weight for chunk in micro], device=args.device)
-                rows = [(chunk.b, k) for chunk in micro for k in range(chunk.first, chunk.first + chunk.size)]
-                b, k = torch.tensor(rows, device=args.device).T
+                sizes, weight = [c.size for c in micro], torch.tensor([c.weight for c in micro], device=args.device)
+                k, b = torch.tensor([(k, c.b) for c in micro for k in range(c.first, c.first + c.size)], device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
                 v = velocity(b, k)
-                log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+                log_prob_new = step_log_prob(v, x, x_next, sigma, sigma_next, step_weights[k])
                 ratio = torch.exp(chunk_log_ratio(log_prob_new, log_prob_old[b, k], sizes))
-                surrogate = clipped_loss(ratio, advantages[[chunk.b for chunk in micro]], args.clip)
+                surrogate = clipped_loss(ratio, advantages[[c.b for c in micro]], args.clip)
                 loss = (weight * surrogate).sum()
                 if args.beta > 0:
-                    with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = velocity(b, k)
-                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
-                    mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
+                    with torch.no_grad(), families.adapter_off(pipe):
+                        mean_ref, std = sde_step(velocity(b, k), x, sigma, sigma_next)
+                    mean, _ = sde_step(v, x, sigma, sigma_next)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                     kl = chunk_means(kl, sizes)
                     loss = loss + args.beta * (weight * kl).sum()
-                    run.record("losses", update, weight, kl=kl)
+                    run.average({f"losses/kl_{update}": kl}, weight)
                 loss.backward()
-                clipped = ((ratio - 1).abs() > args.clip).float()
-                run.record("losses", update, weight, policy=surrogate, ratio=ratio, clip_fraction=clipped)
-                index = np.array([chunk.index for chunk in micro])
-                for j in set(index.tolist()) if update + 1 == args.updates else ():  # in the update that is furthest off-policy
-                    run.record("chunks", j, ratio=ratio[index == j], clip_fraction=clipped[index == j])
+                run.average({f"losses/policy_{update}": surrogate, f"losses/ratio_{update}": ratio}, weight)
+                run.average({f"losses/clip_fraction_{update}": ((ratio - 1).abs() > args.clip).float()}, weight)
             if len(part):
-                bookkeeping.sum_over_processes(parameters)
+                machine.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 run.require_finite(norm)
-                run.record("losses", update, grad_norm=norm[None])
+                run.average({f"losses/grad_norm_{update}": norm[None]})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         run.lap("train")
 
-        run.log({"charts/reward": scores.mean().item(), "charts/groups_with_spread": len(kept) / len(scores)})
-        run.log({"chunks/sizes": np.concatenate(plans)})
-        for name, values in dict(distance=curves.mean(0), distance_spread=curves.std(0), weight=step_weights).items():
-            run.log({f"chunks/{name}_{k}": value for k, value in enumerate(values)})
+        done = iteration + 1
+        metrics = {"charts/reward": scores.mean().item(), "charts/images_with_signal": len(kept) / len(scores)}
+        metrics |= {"chunks/sizes": np.concatenate(plans)} | {f"chunks/distance_{k}": d for k, d in enumerate(curves.mean(0))}
+        run.log(done, metrics)
+        run.evaluate(done)  # on the held-out prompts, every --eval-every iterations
+        run.save(done)  # every --save-every iterations
+        run.stop_if_asked(done)  # after Ctrl-C
+    run.report()

@@ -8,97 +8,55 @@ The first S of T steps follow an SDE in place of the flow's ODE: step k < S draw
 likelihood (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 G images of one prompt, started from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step    (GCPO eq. 4)
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step
     loss = mean over trajectories and trained steps k of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 import arguments
 import bookkeeping
+import families
+import machine
 import rewards
 import sampler
 
 
 @dataclass
-class Args:
-    model: str = "tiny"
-    """tiny, sd3, sd3-medium, flux, klein, or a local folder or hub id of a pipeline of their families (families/)"""
-    reward: str = "shapes"
-    """what images are rewarded for: a name in rewards.REWARDS, or a sum like ocr=0.8,pickscore=0.2"""
-    prompt_file: str = ""
-    """text file of prompts, one a line, instead of the reward's own; every fourth is held out"""
+class Args(arguments.Training):
     iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
-    """P: prompts an iteration, over all processes"""
+    """P: prompts per iteration, over all processes"""
     group_size: int = 16
-    """G: images a prompt, from the same initial noise"""
+    """G: images per prompt, from the same initial noise"""
     steps: int = 6
     """T: denoising steps"""
     ode_steps: int = 3
     """the last of these T follow the ODE; the S before them are stochastic and trained"""
     eta: float = 0.8
     """strength of the noise that sampling adds"""
-    sde: Literal["flow", "dance", "cps", "ddim"] = "cps"
+    sde: sampler.SDE = "cps"
     """transition kernel, see sampler.sde_step"""
-    shift: float = 0.0
-    """constant shift s of the noise schedule, sigma -> s sigma / (1 + (s - 1) sigma); 0 is the model's own schedule"""
-    guidance: float = 1.0
-    """guidance scale: classifier-free, where at most 1 is without, or for a guidance-distilled model (FLUX.1-dev) its input"""
+    step_weights: sampler.STEP_WEIGHTS = "none"
+    """weight of each step's log-probability, see sampler.step_weights"""
     lr: float = 2e-3
     """learning rate of AdamW"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to 0 over --iterations"""
     clip: float = 3e-4
     """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
     beta: float = 0.0
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
-    """optimizer steps a rollout; all but the first are off-policy, which is what the clip is for"""
+    """optimizer steps per rollout; all but the first are off-policy, which is what the clip is for"""
     global_std: bool = True
     """divide advantages by the std of all rewards of the iteration; --no-global-std: by each group's own"""
-    step_fraction: float = 1.0
-    """share of a trajectory's stochastic steps that is trained, drawn afresh each iteration"""
-    rank: int = 32
-    """rank of the LoRA; its alpha is twice that"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    seed: int = 0
-    """seed of everything; on CPU the same seed gives the same bytes"""
-    output_dir: str = ""
-    """folder of the run; empty: runs/<script>__<model>__<reward>__<seed>__<time>"""
-    resume: str = ""
-    """folder of an interrupted run to continue"""
-    eval_every: int = 10
-    """iterations between evaluations on the held-out prompts"""
-    eval_steps: int = 6
-    """denoising steps of an evaluation, deterministic"""
-    eval_images: int = 864
-    """images of an evaluation, the same number for every category"""
-    save_every: int = 10
-    """iterations between saves of the state"""
-    resolution: int = 0
-    """height and width of the images; 0 is the model's own"""
-    text_length: int = 1
-    """rows that T5 makes of a prompt (zeros in a model without T5), or Qwen3 in its place"""
-    micro_batch: int = 128
-    """latents that go through the model at a time (with guidance twice that)"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    compile: bool = True
-    """compile the log-probability, and in a run long enough to repay it the transformer's blocks"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the model's matrix products; LoRA weights and log-probabilities are float32"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
 
 
 def group_advantages(rewards, group_size, global_std=False):
@@ -114,22 +72,6 @@ def group_advantages(rewards, group_size, global_std=False):
     return (centred / (std + 1e-4) * has_spread).clamp(-5, 5).flatten()
 
 
-def with_signal(advantages, group_size):
-    """Indices of the trajectories whose group has any advantage but 0; the others would train nothing."""
-    groups = advantages.view(len(advantages) // group_size, -1)
-    return groups.any(1).repeat_interleave(group_size).nonzero().flatten()
-
-
-def distinct_states(b, k, group_size):
-    """Rows that share a state share a call: a group starts from one noise, so at step 0 its trajectories have one state.
-
-    Of transitions (n,), steps k of trajectories b: the distinct states (b (m,), k (m,)) and which one each transition has (n,).
-    """
-    first_of_group = b - b % group_size
-    (b, k), state = torch.unique(torch.stack([torch.where(k == 0, first_of_group, b), k]), dim=1, return_inverse=True)
-    return b, k, state
-
-
 def log_prob(x_next, mean, std):
     """Log density (B,) of x_next (B, ...) under N(mean, std² I), averaged over all dimensions but the first."""
     z = (x_next - mean) / std
@@ -137,10 +79,13 @@ def log_prob(x_next, mean, std):
 
 
 @torch.compile(dynamic=True)
-def transition_log_prob(v, x, x_next, sigma, sigma_next, sigma_max, eta, sde):
-    """Log-probability (B,) of the transition from x to x_next (B, ...) at velocity v: one fused pass over the latents."""
+def transition_log_prob(v, x, x_next, sigma, sigma_next, weight, sigma_max, eta, sde):
+    """Log-probability (B,) of the step from x to x_next (B, ...) at velocity v, times its weight: one pass over the latents.
+
+    Rollout and training call this one function, so that its rounding is the same and the ratio starts at 1.
+    """
     mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
-    return log_prob(x_next, mean, std)
+    return weight * log_prob(x_next, mean, std)
 
 
 def clipped_loss(ratio, advantages, clip):
@@ -151,102 +96,110 @@ def clipped_loss(ratio, advantages, clip):
 if __name__ == "__main__":
     args = arguments.parse_args(Args, __doc__)
     run = bookkeeping.Run(args, Path(__file__).stem)
-    pipe = run.pipe
+    pipe, rank, world = run.pipe, run.rank, run.world
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
-    rank, world = run.rank, run.world
     S, G, P = args.steps - args.ode_steps, args.group_size, args.prompts // world
-    B = P * G  # of this process: trajectories `mine` of the world's, in group-major order
+    B = P * G  # trajectories of this process: `mine` of the world's, in group-major order
     mine = range(rank * B, (rank + 1) * B)
-    group = torch.arange(P, device=args.device).repeat_interleave(G)  # (B,) prompt of each trajectory
+    everyone = torch.arange(B, device=args.device)
+    group = everyone // G  # (B,) prompt of each trajectory
 
-    # Optimizer, prompts, noise schedule
+    # Optimizer, prompts, noise schedule, and the kernel with its constants filled in
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
     reward_function = rewards.build(args.reward)
     train_prompts, _ = rewards.prompt_set(args)
     sigmas = sampler.schedule(pipe, args.steps, args.device)
-    kernel = (sigmas[1].item(), args.eta, args.sde)
-    shape = sampler.latent_shape(pipe, args.resolution)
+    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)
+    sde_step, step_log_prob = partial(sampler.sde_step, **kernel), partial(transition_log_prob, **kernel)
+    _, std = sde_step(sigmas[:S], sigmas[:S], sigmas[:S], sigmas[1 : S + 1])  # (S,), the same for any v and x
+    step_weights = sampler.step_weights(args.step_weights, std, sigmas[1 : S + 1] - sigmas[:S])
 
     # What a rollout fills, made once: two iterations' are never held at a time
+    shape = sampler.latent_shape(pipe, args.resolution)
     trajectory = torch.empty(B, args.steps + 1, *shape, device=args.device)  # x_0 ... x_T
     log_prob_old = torch.empty(B, S, device=args.device)
 
     def velocity(b, k):
-        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,)."""
-        b, k, state = distinct_states(b, k, G)
+        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,). Rows that share a state share a call."""
+        b = torch.where(k == 0, b - b % G, b)  # at step 0 a group has one state, its noise: that of its first trajectory
+        (b, k), state = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
         v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
-        return v.index_select(0, state)  # whose backward pass adds rows in a fixed order, other than that of v[state]
+        return v.index_select(0, state)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
 
-    for iteration in run.iterations(optimizer):  # in between it logs, scores the held-out prompts, saves, and stops
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations) if args.anneal_lr else args.lr
+    first_iteration = run.start(optimizer)  # 0 after scoring the base model, or where an interrupted run left off
+    for iteration in run.iterations(first_iteration):
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - iteration / args.iterations)
         rng = np.random.default_rng((args.seed, iteration))
         prompts = rewards.sample_prompts(train_prompts, args.prompts, rng)[rank * P : (rank + 1) * P]
+        prompt_of = [prompt for prompt in prompts for _ in range(G)]  # (B,)
         text = sampler.encode(pipe, prompts, args)
 
-        # Rollout: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
-        noises = [sampler.group_noise(args, iteration, rank * P + p, shape) for p in range(P)]
-        trajectory[:, 0] = torch.stack([start for start, _ in noises]).to(args.device)[group]
-        noise = torch.cat([steps for _, steps in noises]).to(args.device)  # (B, S, C, H, W)
+        # Roll out: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
+        start, noise = sampler.rollout_noise(args, iteration, range(rank * P, (rank + 1) * P), shape)
+        trajectory[:, 0] = start.to(args.device)[group]
         with torch.no_grad():
-            for rows in sampler.even_batches(torch.arange(B, device=args.device), args.micro_batch):
+            for rows in sampler.batches(everyone, args.micro_batch):
                 for k in range(args.steps):
-                    x, sigma, sigma_next = trajectory[rows, k], sigmas[k].expand(len(rows)), sigmas[k + 1].expand(len(rows))
-                    v = velocity(rows, torch.full_like(rows, k))
-                    if k >= S:
-                        trajectory[rows, k + 1] = x + v * (sigma_next - sigma).view(-1, 1, 1, 1)
-                        continue
-                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
-                    x_next = mean + std * noise[rows, k]
+                    x, v = trajectory[rows, k], velocity(rows, torch.full_like(rows, k))
+                    if k < S:
+                        mean, std = sde_step(v, x, sigmas[k], sigmas[k + 1])
+                        x_next = mean + std * noise[rows.cpu(), k].to(args.device)
+                        log_prob_old[rows, k] = step_log_prob(v, x, x_next, sigmas[k], sigmas[k + 1], step_weights[k])
+                    else:
+                        x_next = x + v * (sigmas[k + 1] - sigmas[k])
                     trajectory[rows, k + 1] = x_next
-                    # mean and std once more: the very function that training uses, so that the ratio begins at exactly 1
-                    log_prob_old[rows, k] = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
-        del noise, noises
+        del noise
         run.lap("sample")
 
-        # Reward and advantage; trajectories of groups without spread are not kept
+        # Judge: the reward of every image
         images = sampler.decode(pipe, trajectory[:, -1])
         run.lap("decode")
-        prompt_of = [prompts[p] for p in group.tolist()]
-        scores = bookkeeping.gather(reward_function.score(images, prompt_of).to(args.device))
-        advantages = group_advantages(scores, G, args.global_std)
-        kept = with_signal(advantages, G).cpu().numpy()
-        advantages = advantages[mine.start : mine.stop]
+        scores = machine.gather(reward_function.score(images, prompt_of).to(args.device))
         run.lap("reward")
 
-        # Optimize, in --updates parts. Every process draws for all trajectories, so that their generators stay in step, and
-        # trains its own
+        # Credit: advantages; a trajectory without any would train nothing
+        advantages = group_advantages(scores, G, args.global_std)
+        kept = advantages.nonzero()[:, 0].unique().cpu().numpy()
+        advantages = advantages[mine.start : mine.stop]
+
+        # Update, in --updates parts; every process draws for all trajectories and trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
-            drawn = math.ceil(args.step_fraction * S)
-            weight = 1 / max(len(part) * drawn, 1)  # for the mean over all pairs, of which a micro-batch has only some
-            pairs = [(k, b - mine.start) for b in part.tolist() for k in rng.permutation(S)[:drawn] if b in mine]
-            pairs = torch.tensor(sorted(pairs), device=args.device)  # sorted, so that rows that share a state share a batch
-            for k, b in (micro.T for micro in sampler.even_batches(pairs, args.micro_batch)):
+            weight = 1 / max(len(part) * S, 1)  # for the mean over all pairs, of which a micro-batch has only some
+            pairs = [(k, b - mine.start) for k in range(S) for b in sorted(part.tolist()) if b in mine]
+            for micro in sampler.batches(torch.tensor(pairs, device=args.device), args.micro_batch):
+                k, b = micro.T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
                 v = velocity(b, k)
-                log_prob_new = transition_log_prob(v, x, x_next, sigma, sigma_next, *kernel)
+                log_prob_new = step_log_prob(v, x, x_next, sigma, sigma_next, step_weights[k])
                 ratio = torch.exp(log_prob_new - log_prob_old[b, k])
                 surrogate = clipped_loss(ratio, advantages[b], args.clip)
                 loss = (weight * surrogate).sum()
                 if args.beta > 0:
-                    with torch.no_grad(), sampler.adapter_off(pipe):
-                        v_ref = velocity(b, k)
-                    mean, std = sampler.sde_step(v, x, sigma, sigma_next, *kernel)
-                    mean_ref, _ = sampler.sde_step(v_ref, x, sigma, sigma_next, *kernel)
+                    with torch.no_grad(), families.adapter_off(pipe):
+                        mean_ref, std = sde_step(velocity(b, k), x, sigma, sigma_next)
+                    mean, _ = sde_step(v, x, sigma, sigma_next)
                     kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                     loss = loss + args.beta * (weight * kl).sum()
-                    run.record("losses", update, weight, kl=kl)
+                    run.average({f"losses/kl_{update}": kl}, weight)
                 loss.backward()
-                clipped = ((ratio - 1).abs() > args.clip).float()
-                run.record("losses", update, weight, policy=surrogate, ratio=ratio, clip_fraction=clipped)
+                run.average({f"losses/policy_{update}": surrogate, f"losses/ratio_{update}": ratio}, weight)
+                run.average({f"losses/clip_fraction_{update}": ((ratio - 1).abs() > args.clip).float()}, weight)
             if len(part):
-                bookkeeping.sum_over_processes(parameters)
+                machine.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 run.require_finite(norm)
-                run.record("losses", update, grad_norm=norm[None])
+                run.average({f"losses/grad_norm_{update}": norm[None]})
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         run.lap("train")
 
-        run.log({"charts/reward": scores.mean().item(), "charts/groups_with_spread": len(kept) / len(scores)})
+        done = iteration + 1
+        metrics = {"charts/reward": scores.mean().item(), "charts/images_with_signal": len(kept) / len(scores)}
+        run.log(done, metrics)
+        run.evaluate(done)  # on the held-out prompts, every --eval-every iterations
+        run.save(done)  # every --save-every iterations
+        run.stop_if_asked(done)  # after Ctrl-C
+    run.report()

@@ -1,6 +1,6 @@
-"""What happens between noise and image: loading a pipeline, text, velocity, noise schedule, SDE step, decoding, ODE sampling.
+"""What happens between noise and image: velocity, noise schedule, SDE step, decoding, and deterministic sampling.
 
-What is particular to a family of models is in families/, a file each.
+Models are in families/: what is particular to a family of them, loading, and their text.
 
 Notation, as in the algorithm scripts: noise levels sigmas[0] = 1 > ... > sigmas[T] = 0. Transition k moves x_k at
 sigma = sigmas[k] to x_{k+1} at sigma_next = sigmas[k + 1]. Papers count the other way: their x_T is our x_0 index.
@@ -8,91 +8,23 @@ Latents are (B, C, H, W), scaled as the transformer sees them; images are (B, 3,
 """
 
 import math
-import os
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from typing import Literal, get_args
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns at import that torchvision is missing
 import numpy as np
 import torch
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 
 import families
-import miniature
+from families.text import encode
 
-MODELS = {
-    "tiny": str(miniature.FOLDER),
-    "sd3": "stabilityai/stable-diffusion-3.5-medium",
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "klein": "black-forest-labs/FLUX.2-klein-base-4B",
-}
-SDES = ("flow", "dance", "cps", "ddim")
-TEXT_CACHE = 4 << 30  # bytes of encoded prompts kept in CPU memory: of klein's 8 MB the 512 that a run encodes when it starts
+SDE = Literal["flow", "dance", "cps", "ddim"]
+STEP_WEIGHTS = Literal["none", "std", "std2", "guard"]
+ONE_SHAPE = ("cuda",)  # devices on which every call of the transformer has the same number of rows
 
 
-def family_of(model):
-    """The family, a file of families/, of a name in MODELS, folder or hub id; ValueError says in a sentence why there is none."""
-    return families.find(MODELS.get(model, model))
-
-
-def load_pipeline(args):
-    """The pipeline with a fresh LoRA on its transformer: frozen weights in args.dtype, LoRA weights in float32.
-
-    ValueError says in a sentence why the weights cannot be loaded, or that args.resolution does not fit them.
-    """
-    name, dtype = MODELS.get(args.model, args.model), getattr(torch, args.dtype)
-    # On a GPU the text encoders are too large for float32 (T5 alone 19 GB); on a CPU there is room for exactness.
-    dtypes = {"vae": torch.float32, "transformer": dtype, "default": torch.float32 if args.device == "cpu" else dtype}
-    pipe = families.load(name, dtypes)
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
-    family = families.of(pipe)
-    fitting, size = family.resolutions(pipe), args.resolution or pipe.default_sample_size * pipe.vae_scale_factor
-    if size not in fitting:
-        raise ValueError(
-            f"--resolution {size} must be a multiple of {fitting.step} up to {fitting[-1]} for this model, or 0 for its own"
-        )
-    pipe.image_tokens = (size // fitting.step) ** 2  # of one image, in the transformer
-    if args.shift:
-        constant = dict(shift=args.shift, use_dynamic_shifting=False)
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **constant)
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, init_lora_weights="gaussian", target_modules=family.LORA_TARGETS)
-    pipe.transformer.add_adapter(lora)
-    cast_training_params(pipe.transformer, torch.float32)
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    pipe.transformer.to(args.device)
-    pipe.vae.to(args.device)
-    if args.device != "cpu":
-        pipe.vae.enable_slicing()  # decodes one image at a time, whose activations are what fills a GPU's memory
-    return pipe
-
-
-def compile_blocks(transformer):
-    """Compiles the transformer's repeated blocks: one graph serves all that are alike, in batches of any size."""
-    torch._dynamo.config.recompile_limit = 32  # inner and last block; LoRA on and off
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of a silent fall to eager
-    names = transformer._repeated_blocks or ["JointTransformerBlock"]
-    for block in transformer.modules():
-        if type(block).__name__ in names:
-            block.compile(fullgraph=True, dynamic=True)
-    transformer.blocks_are_compiled = True
-
-
-@contextmanager
-def adapter_off(pipe):
-    """The reference policy: the same model without its LoRA."""
-    pipe.transformer.disable_adapters()
-    yield
-    pipe.transformer.enable_adapters()
-
-
-def even_batches(rows, micro_batch):
-    """Rows (n, ...) in as few batches as have at most `micro_batch` rows, all of even size."""
-    return rows.tensor_split(math.ceil(len(rows) / micro_batch)) if len(rows) else ()
+def batches(rows, size):
+    """Rows (n, ...) in as few batches as have at most `size` rows, all of about the same number."""
+    return rows.tensor_split(math.ceil(len(rows) / size)) if len(rows) else ()
 
 
 def latent_shape(pipe, resolution=0):
@@ -101,46 +33,16 @@ def latent_shape(pipe, resolution=0):
     return pipe.vae.config.latent_channels, size, size
 
 
-@dataclass
-class Text:
-    """Encoded prompts, a row each, and the empty prompt that classifier-free guidance contrasts them with."""
-
-    embeds: torch.Tensor  # (P, L, D)
-    pooled: torch.Tensor  # (P, E)
-    empty_embeds: torch.Tensor  # (1, L, D)
-    empty_pooled: torch.Tensor  # (1, E)
-
-    def rows(self, index):
-        return Text(self.embeds[index], self.pooled[index], self.empty_embeds, self.empty_pooled)
-
-
-@torch.no_grad()
-def encode(pipe, prompts, args):
-    """Text of P prompts, each encoded once. The text encoders are on the device only while a prompt is new to them."""
-    encoded = pipe.__dict__.setdefault("encoded_prompts", {})  # prompt -> (embeds (L, D), pooled (E,)), on the CPU
-    if sum(t.nbytes for tensors in encoded.values() for t in tensors) > TEXT_CACHE:
-        encoded.clear()
-    new = [p for p in dict.fromkeys([*prompts, ""]) if p not in encoded]
-    if new:
-        text_encoders = [m for name, m in pipe.components.items() if name.startswith("text_encoder") and m is not None]
-        for encoder in text_encoders:
-            encoder.to(args.device)
-        for prompt in new:  # one by one: rounding depends on a batch's size, and a resumed run knows other prompts already
-            encoded[prompt] = [t[0].cpu() for t in families.of(pipe).encode(pipe, prompt, args.text_length, args.device)]
-        if args.device != "cpu":
-            for encoder in text_encoders:
-                encoder.to("cpu")
-    rows = [torch.stack(t).to(args.device) for t in zip(*(encoded[p] for p in prompts))]
-    empty = [t[None].to(args.device) for t in encoded[""]]
-    return Text(*rows, *empty)
-
-
 def velocity(pipe, x, sigma, text, args):
-    """v_theta(x, sigma, prompt) (B, C, H, W) in float32, with guidance applied; sigma is (B,)."""
-    family, dtype, rows = families.of(pipe), getattr(torch, args.dtype), len(x)
+    """v_theta(x, sigma, prompt) (B, C, H, W) in float32, with guidance applied; sigma is (B,).
+
+    How a product is rounded depends on the number of its rows. On a GPU any number may differ, so that every call has
+    --micro-batch rows, the last ones copies whose outputs are dropped; on a CPU only a single row does, which is doubled.
+    """
+    family, dtype, n = families.of(pipe), getattr(torch, args.dtype), len(x)
     guided = args.guidance > 1 and family.contrasts(pipe)
-    if rows == 1:  # alone a row goes through other kernels, which round otherwise
-        x, sigma, text = x.expand(2, -1, -1, -1), sigma.expand(2), text.rows([0, 0])
+    rows = torch.arange(args.micro_batch if x.device.type in ONE_SHAPE else max(n, 2), device=x.device) % n
+    x, sigma, text = x[rows], sigma[rows], text.rows(rows)
     embeds, pooled = text.embeds, text.pooled
     if guided:
         embeds = torch.cat([text.empty_embeds.expand_as(embeds), embeds])
@@ -155,7 +57,7 @@ def velocity(pipe, x, sigma, text, args):
     if guided:
         v_empty, v = v.chunk(2)
         v = v_empty + args.guidance * (v - v_empty)
-    return v[:rows] if wanted else v[:rows].detach()
+    return v[:n] if wanted else v[:n].detach()
 
 
 def schedule(pipe, steps, device="cpu"):
@@ -168,8 +70,9 @@ def schedule(pipe, steps, device="cpu"):
 def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
     """Mean (B, ...) and std (B, 1, ...) of x_{k+1} ~ N(mean, std² I) given x_k, in float32 or better.
 
-    v and x are (B, ...), sigma and sigma_next (B,); with eta = 0 every kind is the Euler step x + v dt of the ODE.
-    Where sigma = 1 the formulas of `flow` and `ddim` are singular or zero and sigma_max = sigmas[1] stands in.
+    v and x are (B, ...), sigma and sigma_next (B,), or one number for all rows; with eta = 0 every kind is the Euler step
+    x + v dt of the ODE. Where sigma = 1 the formulas of `flow` and `ddim` are singular or zero and sigma_max = sigmas[1]
+    stands in.
 
     flow  Flow-GRPO eq. 9, GCPO eq. 7      dance  DanceGRPO
     cps   Coefficients-Preserving Sampling  ddim  Stepwise-Flow-GRPO
@@ -188,12 +91,25 @@ def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
         score = -(x - (1 - sigma) * x0) / sigma**2
         return x + (v - 0.5 * eta**2 * score) * dt, eta * (-dt).sqrt()
     if sde not in ("cps", "ddim"):
-        raise ValueError(f"sde must be one of {', '.join(SDES)}, not {sde}")
+        raise ValueError(f"sde must be one of {', '.join(get_args(SDE))}, not {sde}")
     std = sigma_next * math.sin(eta * math.pi / 2) if sde == "cps" else eta * sigma_next * (1 - s).sqrt()
     # (1 - sigma_next) x0 + sqrt(sigma_next² - std²) x1, written so that std = 0 leaves exactly the Euler step. With
     # cps at eta = 1 rounding can make the root's argument a hair negative.
     x1 = x + (1 - sigma) * v
     return x + v * dt + ((sigma_next**2 - std**2).clamp(min=0).sqrt() - sigma_next) * x1, std
+
+
+def step_weights(kind, std, dt):
+    """Weights w_k (S,) of mean 1 for the log-probabilities of S steps, from each step's std (S,) and dt (S,).
+
+    none   1: the Gaussian log density, Flow-GRPO's and GCPO's       std    std_k, as TempFlow-GRPO (arXiv 2508.04324)
+    std2   std_k²: what public code for `cps` computes, which drops the variance from log p and leaves -(x_{k+1} - mean_k)²
+    guard  std_k / |dt_k|, as GRPO-Guard in Flow-GRPO's repository: near the weights that make all steps equally noisy
+
+    A weighted ratio is ratio_k^{w_k}: no likelihood ratio, but its gradient is w_k times that of one.
+    """
+    weights = {"none": torch.ones_like(std), "std": std, "std2": std**2, "guard": std / dt.abs()}[kind]
+    return weights / weights.mean()
 
 
 @torch.no_grad()
@@ -208,15 +124,18 @@ def decode(pipe, latents):
     return torch.cat(images)
 
 
-def group_noise(args, iteration, group, shape):
-    """Noise of one group in one iteration: (*shape) to start from and (G, S, *shape) for the SDE, on the CPU.
+def rollout_noise(args, iteration, groups, shape):
+    """Noise of an iteration's groups, on the CPU: (P, *shape) to start from, and (P * G, S, *shape) for the SDE.
 
     A stream of its own for every (seed, iteration, group), so that neither micro-batches nor ranks nor a resume change it.
     """
-    seed = np.random.SeedSequence((args.seed, iteration, group)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(seed >> 1))
-    start = torch.randn(shape, generator=generator)
-    return start, torch.randn(args.group_size, args.steps - args.ode_steps, *shape, generator=generator)
+    start, steps, S = [], [], args.steps - args.ode_steps
+    for group in groups:
+        seed = np.random.SeedSequence((args.seed, iteration, group)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(seed >> 1))
+        start.append(torch.randn(shape, generator=generator))
+        steps.append(torch.randn(args.group_size, S, *shape, generator=generator))
+    return torch.stack(start), torch.cat(steps)
 
 
 @torch.no_grad()
@@ -228,10 +147,10 @@ def sample_ode(pipe, prompts, noise, steps, args, tuned_steps=None):
     text = encode(pipe, prompts, args)
     sigmas = schedule(pipe, steps, args.device)
     images = []
-    for rows in even_batches(torch.arange(len(prompts)), args.micro_batch):
+    for rows in batches(torch.arange(len(prompts)), args.micro_batch):
         x = noise[rows].to(args.device)
         for k in range(steps):
-            with nullcontext() if tuned_steps is None or k < tuned_steps else adapter_off(pipe):
+            with nullcontext() if tuned_steps is None or k < tuned_steps else families.adapter_off(pipe):
                 v = velocity(pipe, x, sigmas[k].expand(len(rows)), text.rows(rows), args)
             x = x + v * (sigmas[k + 1] - sigmas[k])
         images.append(decode(pipe, x))

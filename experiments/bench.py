@@ -89,9 +89,10 @@ def show(name, values, digits=2, unit=""):
 
 
 def command_line(script, args, folder, iterations, flags=None):
-    few = ["--iterations", str(iterations), "--eval-images", "6", "--eval-steps", "2", "--eval-every", "1000", "--save-every"]
-    own = args.flags if flags is None else flags.split()
-    return [f"{script}.py", "--model", args.model, *few, "1000", *own, "--output-dir", str(folder)]
+    little_else = "--eval-images 6 --eval-steps 2 --eval-every 1000 --save-every 1000".split()
+    flags = args.flags if flags is None else flags.split()
+    run = ["--model", args.model, "--iterations", str(iterations), *little_else, *flags, "--output-dir", str(folder)]
+    return [f"{script}.py", *run]
 
 
 def logged(folder):

@@ -35,7 +35,8 @@ from bookkeeping import replacing
 
 ROOT = Path(__file__).parent.parent
 
-# Flags of every run of a setting, and by method the script and its own flags. The first method is the one compared with.
+# Flags of every run of a setting, and by method the script and its own flags, which come later and win. The first method is the
+# one compared with.
 # `default` and `full` are the scripts' defaults, at fewer iterations and at all of them; `all-steps` trains every step but the
 # last, as both papers do; `long` so at GCPO's length, with fewer images in place of more transformer calls; `tuning` is each
 # script's grid of learning rate and clip, on a seed of its own.
@@ -216,16 +217,17 @@ def report(rows, setting, methods):
 
 
 def draw(rows, settings, path):
-    """Mean held-out score, and the range over seeds, against images: a panel a setting, a colour a method."""
-    colours = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(m for setting in settings for m in SETTINGS[setting][1]))}
+    """Mean held-out score, and the range over seeds, against images: a panel a setting, a line of its own a method."""
+    methods = dict.fromkeys(method for setting in settings for method in SETTINGS[setting][1])
+    style = {m: dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--") for i, m in enumerate(methods)}
     figure, axes = plt.subplots(1, len(settings), figsize=(4.5 * len(settings), 6), sharey=True, squeeze=False)
     for axis, setting in zip(axes[0], settings):
         for method in SETTINGS[setting][1]:
             curves = [r["curve"] for r in rows if (r["setting"], r["method"]) == (setting, method)]
             if curves:
-                scores, line = np.array([c[:, 2] for c in curves]), "--" if int(colours[method][1:]) > 9 else "-"
-                axis.plot(curves[0][:, 0], scores.mean(0), line, color=colours[method], label=f"{method} ({len(curves)} seeds)")
-                axis.fill_between(curves[0][:, 0], scores.min(0), scores.max(0), color=colours[method], alpha=0.12, linewidth=0)
+                images, scores = curves[0][:, 0], np.array([c[:, 2] for c in curves])
+                axis.plot(images, scores.mean(0), label=f"{method} ({len(curves)} seeds)", **style[method])
+                axis.fill_between(images, scores.min(0), scores.max(0), color=style[method]["color"], alpha=0.12, linewidth=0)
         axis.set(title=setting, xlabel="images generated")
         axis.locator_params("x", nbins=5)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))

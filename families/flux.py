@@ -8,7 +8,14 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from families import sd3
 from families.sd3 import to_vae  # noqa: F401  its autoencoder is of the same kind
 
-NAME = "flux"
+PIPELINE = "FluxPipeline"
+MODELS = {"flux": "black-forest-labs/FLUX.1-dev"}
+# GCPO's (https://arxiv.org/abs/2510.21583). It trains all weights, at lr 1e-5; a LoRA takes the rank and the lr of Flow-GRPO's
+# for FLUX.
+PRESET = sd3.PRESET | dict(
+    reward="hpsv3", group_size=12, steps=17, shift=3.0, guidance=3.5, clip=5e-5, beta=0.0, chunk_fraction=0.5, rank=64,
+    resolution=720, text_length=512, micro_batch=4, eval_steps=28,
+)  # fmt: skip
 # Flow-GRPO's. The names of q, k and v in the single blocks end alike, so those learn too.
 LORA_TARGETS = [*sd3.LORA_TARGETS, *(f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2"))]
 

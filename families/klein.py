@@ -6,7 +6,9 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from families import sd3
 from families.flux import pack, positions, shifted, unpack
 
-NAME = "klein"
+PIPELINE = "Flux2KleinPipeline"
+MODELS = {"klein": "black-forest-labs/FLUX.2-klein-base-4B"}
+PRESET = sd3.PRESET | dict(guidance=4.0, text_length=512, micro_batch=4, beta=0.0)  # meant for one GPU of 24 GB, not measured there
 LORA_TARGETS = [*sd3.LORA_TARGETS, "attn.to_qkv_mlp_proj"]  # the last is in the single blocks, which are twenty of 25
 
 
