@@ -7,7 +7,7 @@ import os
 import signal
 import textwrap
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,9 +65,15 @@ def read_scalars(folder):
 
 
 def save_grid(images, captions, path, columns=8):
-    """A PNG of up to six rows of neighbouring images over their captions, also returned as a (H, W, 3) uint8 array."""
+    """A PNG of up to six rows of neighbouring images over their captions, also returned as a (H, W, 3) uint8 array.
+
+    A last row has images of one caption alone, if there are so many, so that one sees whether they are all alike.
+    """
     starts = range(0, len(images), max(columns, math.ceil(len(images) / 6)))  # of six categories one row each
     picked = [i for start in starts for i in range(start, min(start + columns, len(images)))]
+    often = Counter(caption for caption in captions if caption != captions[0]).most_common(1)
+    if often and often[0][1] >= columns:
+        picked += [i for i, caption in enumerate(captions) if caption == often[0][0]][:columns]
     width = max(128, images.shape[-1])
     tiles = []
     for i in picked[: len(picked) // columns * columns or len(picked)]:

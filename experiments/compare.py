@@ -1,25 +1,38 @@
-"""Runs the three methods side by side in several settings and seeds, and tells with tests of significance what they differ in.
+"""Trains methods side by side in several settings and seeds, and tests what they differ in: score and variety.
 
-    python -m experiments.compare --jobs 2                # every run that the table lacks, then the report; hours
-    python -m experiments.compare --settings full         # one after another, with all threads and compiled, as users run them
-    python -m experiments.compare --jobs 0                # the report alone
-    python -m experiments.compare --settings default --methods grpo "gcpo, one chunk" --seeds 0 1
+    python -m experiments.compare --settings default --jobs 2         # what the table lacks of a setting, then its report
+    python -m experiments.compare --settings full                     # one after another, with all threads and compiled
+    python -m experiments.compare --methods grpo "mine.py --flag 3" --settings default    # your own script, beside GRPO
+    python -m experiments.compare --jobs 0                            # the report alone
 
 Runs side by side have one thread each and are not compiled; more threads would wait for each other. A finished run is a row of
-<output-dir>/runs.csv and never repeated until that row is deleted. A killed one goes on from its folder in --runs-dir. The
-endpoint, fixed beforehand, is the mean of a run's last three evaluations. Writes runs.csv, comparison.csv (a row a method and
-setting) and comparison.png.
+<output-dir>/runs.csv and is not repeated while that row is there and SETTINGS gives it the same command. A killed run goes on from
+its folder in --runs-dir.
+
+The endpoints, fixed beforehand, are the means of a run's last three evaluations: held-out score and variety. Of CONTRASTS each is
+tested by a paired t test over the seeds that both methods have; Welch's test, which does not pair, and from ten seeds on the
+sign-flip permutation test stand beside it. Where a contrast claims "same", the p-value is that of two one-sided tests (TOST)
+against MARGIN. Holm's correction is over the contrasts of a setting, for score and variety separately.
+
+Writes runs.csv, comparison.csv (a row per setting and method), contrasts.csv (a row per contrast) and <setting>.png. Rows of
+runs.csv from before variety was measured are of older code: they are read as setting "<name>, older code", which no report shows.
 """
 
 import csv
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -28,70 +41,168 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from scipy import stats
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
 
-import arguments
-from bookkeeping import replacing
+from bookkeeping import read_scalars, replacing
+from experiments import variants
+from machine import fail
 
 ROOT = Path(__file__).parent.parent
+MARGIN = 0.02  # endpoints that differ by less are "the same"
 
-# Flags of every run of a setting, and by method the script and its own flags, which come later and win. The first method is the
-# one compared with.
-# `default` and `full` are the scripts' defaults, at fewer iterations and at all of them; `all-steps` trains every step but the
-# last, as both papers do; `long` so at GCPO's length, with fewer images in place of more transformer calls; `tuning` is each
-# script's grid of learning rate and clip, on a seed of its own.
-STEPWISE = {
-    "stepwise, its paper's ddim": "stepwise_grpo --sde ddim",
-    "stepwise, cps": "stepwise_grpo --sde cps",
+
+class Setting(NamedTuple):
+    title: str
+    """what a reader is told that it is"""
+    seeds: Sequence[int]
+    flags: str
+    """of every run"""
+    methods: dict[str, str]
+    """{name: script or variant and its own flags, which come later and win}; differences are drawn from the first"""
+
+
+# At T = 17 every arm has the learning rate and the clip that `tuning-17` and then `tuning-17-clip` favour for it
+TUNED = {
+    "grpo": ("2e-3", "3e-4"),
+    "grpo --step-weights std2": ("2e-3", "3e-4"),
+    "gcpo --max-chunk 4": ("2e-3", "3e-4"),
+    "stepwise_grpo": ("2e-3", "3e-4"),
 }
+GRPO, GRPO_STD2, GCPO, STEPWISE = (f" --lr {lr} --clip {clip}" for lr, clip in TUNED.values())
+
+# Mean weight of each step in the loss of adaptive GCPO, S / (K c) in a chunk of c steps, one of K: what gcpo.py of commit 24e9f25
+# logged with the flags of `mechanism` (its name for --max-chunk is --min-chunk) and --seed 100
+GCPO_WEIGHTS = "1.31 1.10 1.08 1.08 1.07 1.09 1.12 1.14 1.16 1.19 1.22 1.22 0.80 0.47 0.47 0.47"
+
+KERNELS = {"flow": "--sde flow --eta 0.7", "ddim": "--sde ddim --eta 0.8"}
+SCRIPTS = {"grpo": "grpo", "gcpo": "gcpo", "stepwise": "stepwise_grpo"}
+WEIGHTS = {"": "--step-weights none", " std2": "--step-weights std2"}
+LENGTH_17 = "--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8"
+CPS = "--sde cps --eta 0.8 --step-weights none"
+
 SETTINGS = {
-    "default": ("--iterations 60", {
+    "default": Setting("the scripts' defaults, 60 iterations", range(5), "--iterations 60", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",
-        **STEPWISE,
+        "stepwise, ddim": "stepwise_grpo --sde ddim",
+        "stepwise, cps": "stepwise_grpo --sde cps",
         "grpo, ddim": "grpo --sde ddim",
         "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
-    "full": ("", {"gcpo": "gcpo"}),
-    "all-steps": ("--iterations 100 --ode-steps 1", {
+    "full": Setting("the scripts' defaults", range(5), "", {"gcpo": "gcpo"}),
+    "all-steps": Setting("T = 6, all steps but the last trained", range(5), "--iterations 100 --ode-steps 1", {
         "grpo": "grpo",
-        "gcpo, adaptive": "gcpo --min-chunk 4",
-        **STEPWISE,
+        "gcpo, adaptive": "gcpo --max-chunk 4",
+        "stepwise, ddim": "stepwise_grpo --sde ddim",
+        "stepwise, cps": "stepwise_grpo --sde cps",
     }),
-    "long": ("--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8", {
+    "long": Setting("T = 17, nothing tuned", range(5), LENGTH_17, {
         "grpo": "grpo",
-        "gcpo, adaptive": "gcpo --min-chunk 4",
+        "gcpo, adaptive": "gcpo --max-chunk 4",
         "gcpo, 2 3 4 7": "gcpo --chunks 2 3 4 7",
         "gcpo, chunks of 8": "gcpo --chunk-size 8",
         "gcpo, one chunk": "gcpo --chunk-size 16",
-        **STEPWISE,
+        "stepwise, ddim": "stepwise_grpo --sde ddim",
+        "stepwise, cps": "stepwise_grpo --sde cps",
         "grpo, first 8 steps": "grpo --ode-steps 9",
         "stepwise, cps, first 8 steps": "stepwise_grpo --sde cps --ode-steps 9",
         "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
         "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
-    "tuning": ("--iterations 60", {
+    "tuning": Setting("tuning at the scripts' defaults", (100,), "--iterations 60", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
         for script in ("grpo", "gcpo", "stepwise_grpo")
         for lr, clip in (("1e-3", "3e-4"), ("2e-3", "3e-4"), ("4e-3", "3e-4"), ("2e-3", "1e-4"))
     }),
+    "tuning-17": Setting("T = 17, learning rates", (100, 101), f"{LENGTH_17} {CPS} --clip 3e-4", {
+        f"{arm} --lr {lr}": f"{arm} --lr {lr}" for arm in TUNED for lr in ("1e-3", "2e-3", "4e-3")
+    }),
+    "tuning-17-clip": Setting("T = 17, clips at the best rate", (100, 101), f"{LENGTH_17} {CPS}", {
+        f"{arm} --clip {clip}": f"{arm} --lr {rate} --clip {clip}"
+        for arm, (rate, _) in TUNED.items() for clip in ("1.5e-4", "3e-4", "6e-4")
+    }),
+    "mechanism": Setting("T = 17, all steps but the last trained", range(20, 30), f"{LENGTH_17} {CPS}", {
+        "grpo": "grpo" + GRPO,
+        "grpo std2": "grpo --step-weights std2" + GRPO_STD2,
+        "gcpo": "gcpo --max-chunk 4" + GCPO,
+        "stepwise": "stepwise_grpo" + STEPWISE,
+        "stepwise, lambda 1": "stepwise_lambda --lam 1" + STEPWISE,
+        "stepwise std2": "stepwise_grpo --step-weights std2" + STEPWISE,
+        "grpo, gcpo's weights": f"grpo_weights --weights {GCPO_WEIGHTS}" + GRPO,
+        "gcpo, another's plan": "gcpo_other_plan --max-chunk 4" + GCPO,
+        "gcpo std2": "gcpo --max-chunk 4 --step-weights std2" + GCPO,
+        "stepwise, mean per step": "stepwise_lambda --mean step" + STEPWISE,
+        "stepwise, iteration's std": "stepwise_lambda --std iteration" + STEPWISE,
+        "stepwise, mean per step, iteration's std": "stepwise_lambda --mean step --std iteration" + STEPWISE,
+        "stepwise, lambda 1, mean per step, iteration's std": "stepwise_lambda --lam 1 --mean step --std iteration" + STEPWISE,
+        "stepwise, noise put back": "stepwise_noise" + STEPWISE,
+        "gcpo, one chunk": "gcpo --chunk-size 16" + GCPO,
+        "grpo, one update": "grpo --updates 1" + GRPO,
+        "gcpo, one update": "gcpo --max-chunk 4 --updates 1" + GCPO,
+        "gcpo, one chunk, one update": "gcpo --chunk-size 16 --updates 1" + GCPO,
+    }),
+    "kernels": Setting("T = 17, the papers' own kernels", range(20, 25), LENGTH_17, {
+        f"{kernel}: {name}{weight}": f"{script} {flags} {own}{' --max-chunk 4' * (name == 'gcpo')}"
+        for kernel, flags in KERNELS.items() for weight, own in WEIGHTS.items() for name, script in SCRIPTS.items()
+    }),
+    "six": Setting("T = 6, five or the three early steps trained", range(20, 25), "--iterations 60 --sde cps --eta 0.8", {
+        f"{name}{weight}, {6 - ode} steps": f"{script} --ode-steps {ode} {own}"
+        for ode in (1, 3) for weight, own in WEIGHTS.items() for name, script in SCRIPTS.items()
+    }),
+    "frontier": Setting("score against variety by beta", (20, 21, 22), "", {
+        f"{name}, beta {beta}": f"{script} --beta {beta}"
+        for beta in (0, 0.003, 0.01, 0.03, 0.1) for name, script in SCRIPTS.items()
+    }),
 }  # fmt: skip
-TUNING_SEED = 100
+
+# Planned before the runs: {setting: [(method, against, what is claimed)]}. A setting that is not here tests each method, and every
+# setting someone's own, against its first.
+CONTRASTS = {
+    "tuning": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [],
+    "mechanism": [
+        ("grpo std2", "grpo", "differs"),  # weights of steps
+        ("gcpo", "grpo", "differs"),
+        ("grpo, gcpo's weights", "gcpo", "same"),  # GCPO is its weights
+        ("gcpo", "gcpo, another's plan", "differs"),  # the trajectory's own dynamics
+        ("gcpo std2", "grpo std2", "differs"),  # chunks beyond weights
+        ("stepwise", "stepwise, lambda 1", "differs"),  # locating the gain, against a baseline that knows the state
+        ("stepwise, mean per step, iteration's std", "stepwise, lambda 1, mean per step, iteration's std", "differs"),
+        ("stepwise", "stepwise, mean per step", "differs"),  # what the joint normalization gives
+        ("stepwise", "stepwise, iteration's std", "differs"),
+        ("stepwise", "stepwise, mean per step, iteration's std", "differs"),
+        ("stepwise, noise put back", "stepwise", "differs"),  # noise as the cause
+        ("stepwise std2", "grpo std2", "differs"),  # credit beyond weights
+        ("gcpo, one chunk", "grpo", "differs"),  # long equal chunks, and without the clip
+        ("gcpo, one chunk, one update", "grpo, one update", "same"),
+        ("gcpo, one update", "grpo, one update", "differs"),
+    ],
+    "kernels": [
+        *((f"{kernel}: {name}{weight}", f"{kernel}: grpo{weight}", "differs")
+          for kernel in KERNELS for weight in WEIGHTS for name in ("gcpo", "stepwise")),
+        *((f"{kernel}: grpo std2", f"{kernel}: grpo", "differs") for kernel in KERNELS),
+    ],
+    "six": [
+        *((f"{name} std2, 5 steps", f"{name}, 3 steps", "same") for name in SCRIPTS),
+        *((f"{name}{weight}, {steps} steps", f"grpo{weight}, {steps} steps", "differs")
+          for steps in (5, 3) for weight in WEIGHTS for name in ("gcpo", "stepwise")),
+    ],
+}  # fmt: skip
 
 
 @dataclass
 class Args:
-    settings: tuple[str, ...] = ("default", "full", "all-steps", "long", "tuning")
+    settings: tuple[str, ...] = tuple(SETTINGS)
     """which of SETTINGS"""
     methods: tuple[str, ...] = ()
-    """which of their methods; none: all"""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """seeds of each, but for tuning, which has its own"""
+    """which of their methods, or scripts with flags like "mine.py --flag 3"; none: all of the settings"""
+    seeds: tuple[int, ...] = ()
+    """seeds of each; none: the setting's own"""
     jobs: int = 1
     """runs side by side, or 1 with all threads; 0: none, report on those in the table"""
     output_dir: Path = Path("experiments/results")
-    """folder of the tables and the plot"""
+    """folder of the tables and plots"""
     runs_dir: Path = Path("runs/compare")
     """folder of the runs"""
 
@@ -100,69 +211,80 @@ class Args:
 
 
 def evaluations(folder):
-    """(images, minutes of training, held-out score) of every evaluation of a run."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    """(images, minutes of training, held-out score, variety or nan) of every evaluation of a run."""
+    scalars, seconds = read_scalars(folder), defaultdict(float)
+    for tag, points in scalars.items():
+        for step, value in points if tag.startswith("time/") else ():
+            seconds[step] += value
     args = json.loads((folder / "args.json").read_text())
-    per_iteration = args["prompts"] * args["group_size"]
-    minutes = np.cumsum([per_iteration / e.value / 60 for e in events.Scalars("charts/images_per_second")])
-    for e in events.Scalars("charts/held_out_score"):
-        yield e.step * per_iteration, minutes[e.step - 1] if e.step else 0.0, e.value
+    varieties = dict(scalars.get("charts/variety", ()))
+    for step, score in scalars["charts/held_out_score"]:
+        minutes = sum(value for at, value in seconds.items() if at <= step) / 60
+        yield step * args["prompts"] * args["group_size"], minutes, score, varieties.get(step, math.nan)
 
 
 def read_table(path):
-    """Rows of runs.csv, with the curve (evaluations, 3) of images, minutes and scores as an array."""
+    """Rows of runs.csv, with the curve (evaluations, 4) of images, minutes, scores and varieties as an array."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row | dict(seed=int(row["seed"]), curve=np.array(json.loads(row["curve"]))) for row in rows]
+        rows = [row | dict(seed=int(row["seed"]), curve=np.array(json.loads(row["curve"]))) for row in csv.DictReader(file)]
+    for row in rows:
+        if row["curve"].shape[1] == 3:
+            row |= dict(curve=np.insert(row["curve"], 3, math.nan, axis=1), setting=f"{row['setting']}, older code")
+    return rows
 
 
 def write_table(path, rows):
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(row | ({"curve": json.dumps(row["curve"].tolist())} if "curve" in row else {}) for row in rows)
 
 
+def command(setting, method):
+    """The words of a run but for its seed and folders: the script, with .py, and its flags; `method` is a name or someone's own."""
+    script, *own = shlex.split(SETTINGS[setting].methods.get(method, method))
+    return [script if script.endswith(".py") else f"{script}.py", *SETTINGS[setting].flags.split(), *own]
+
+
 def run(setting, method, seed, runs_dir, alone=False):
-    """Trains, or goes on with an interrupted run, and gives its row of the table; None if the run failed."""
-    common, methods = SETTINGS[setting]
-    script, *own = methods[method].split()
-    folder = runs_dir / "-".join([setting, *methods[method].replace("--", "").split(), str(seed)])
-    flags = [*common.split(), *own]
-    if not (folder / "result.json").exists():
-        where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder, "--seed", str(seed), *flags]
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, ROOT / f"{script}.py", "--device", "cpu", *where]
-        environment = os.environ if alone else {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(f"{folder}.log", "w") as log:
-            if subprocess.run(command if alone else [*command, "--no-compile"], stdout=log, stderr=log, env=environment).returncode:
-                return None
+    """Trains, or goes on with an interrupted run, and gives its row of the table; RuntimeError says how a run failed."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py"))
-    row = dict(
-        setting=setting,
-        method=method,
-        seed=seed,
-        command=" ".join([f"{script}.py", *flags]),
-        commit=commit,
-        threads=os.cpu_count() if alone else 1,
-    )
-    return row | dict(curve=np.array([[images, round(m, 3), round(s, 5)] for images, m, s in evaluations(folder)]))
+    script, *flags = command(setting, method)
+    name = SETTINGS[setting].methods.get(method, method).replace("--", "")
+    folder = runs_dir / "-".join([setting, *re.findall(r"[\w.]+", name), str(seed)])
+    if not (folder / "result.json").exists():
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder, "--seed", str(seed), *flags]
+        if Path(script).stem in variants.VARIANTS:
+            path = variants.write(Path(script).stem, Path(f"{folder}.code"))  # not in the folder, which has to be new
+        else:
+            path = ROOT / script if (ROOT / script).exists() else script
+        words = [sys.executable, path, "--device", "cpu", *where]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        environment |= {} if alone else {"OMP_NUM_THREADS": "1"}
+        with open(f"{folder}.log", "w") as log:
+            if subprocess.run(words if alone else [*words, "--no-compile"], stdout=log, stderr=log, env=environment).returncode:
+                said = Path(f"{folder}.log").read_text().strip()
+                raise RuntimeError(f"{folder} failed; its log ends: {said[said.rfind(chr(10)) + 1 :]}")
+    row = dict(setting=setting, method=method, seed=seed, command=" ".join([script, *flags]), commit=commit)
+    row["threads"] = os.cpu_count() if alone else 1
+    curve = [[images, round(m, 3), round(score, 5), round(variety, 5)] for images, m, score, variety in evaluations(folder)]
+    return row | dict(curve=np.array(curve))
 
 
 # The report
 
 
-def endpoint(curve):
-    """Mean of the last three scores of a curve (evaluations, 3): one evaluation wanders by about 0.03."""
-    return curve[-3:, 2].mean()
+def endpoints(curve):
+    """{score, variety}: means of the last three evaluations of a curve (evaluations, 4); one evaluation wanders by about 0.03."""
+    return dict(zip(("score", "variety"), curve[-3:, 2:].mean(0)))
 
 
 def reached(curve, target):
-    """(images, minutes) at which a curve (evaluations, 3) first has the target, between evaluations in proportion; or None."""
+    """(images, minutes) at which a curve (evaluations, 4) first has the score, between evaluations in proportion; or None."""
     for before, after in zip(curve, curve[1:]):
         if after[2] >= target:
             share = max(0.0, (target - before[2]) / (after[2] - before[2]))
@@ -170,116 +292,178 @@ def reached(curve, target):
     return None
 
 
-def holm(p_values):
-    """Holm's correction: p-values of m tests such that the chance of any false one below alpha is at most alpha."""
-    order, adjusted, least = np.argsort(p_values), np.empty(len(p_values)), 0.0
-    for rank, i in enumerate(order):
-        least = adjusted[i] = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
-    return adjusted
+def half_width(values):
+    """Of the 95 % interval of the mean of values (seeds,), by Student's t; nan for one."""
+    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
 
 
-def paired(difference):
-    """(95 % half-width, p, smallest difference that so many seeds find four times in five) of differences (seeds,) by t tests."""
-    n = len(difference)
-    error = difference.std(ddof=1) / math.sqrt(n)
-    t, power = stats.t.ppf(0.975, n - 1), stats.t.ppf(0.8, n - 1)
-    return t * error, stats.ttest_1samp(difference, 0).pvalue, (t + power) * error
+def paired_tests(own, other):
+    """How the endpoints own (seeds,) differ from other (seeds,), paired: {difference, low, high, p, p_welch, ...}.
+
+    `p_same` is that of TOST, `p_sign_flip` (ten seeds or more) exact or of 9,999 draws, and `detectable` the difference that so
+    many seeds find four times in five at p < 0.05.
+    """
+    n, gaps, paired = len(own), own - other, stats.ttest_rel(own, other)
+    low, high = paired.confidence_interval()
+    line = dict(difference=gaps.mean(), low=low, high=high, p=paired.pvalue, p_same=ttost_paired(own, other, -MARGIN, MARGIN)[0])
+    line["p_welch"] = stats.ttest_ind(own, other, equal_var=False).pvalue
+    if n >= 10:
+        line["p_sign_flip"] = stats.permutation_test((gaps,), np.mean, permutation_type="samples", rng=0).pvalue
+    line["detectable"] = (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * stats.sem(gaps)
+    return line
 
 
-def report(rows, setting, methods):
-    """A row a method with two seeds or more: its endpoint, and how it differs from the first method's on the same seeds."""
-    runs = {m: {r["seed"]: r["curve"] for r in rows if (r["setting"], r["method"]) == (setting, m)} for m in methods}
-    (first, baseline), lines = next(iter(runs.items())), []
+def runs_of(rows, setting, methods):
+    """{method: {seed: curve}} of those methods that have runs, by the command that SETTINGS gives them now."""
+    runs = {method: {} for method in methods}
+    for row in rows:
+        if row["setting"] == setting and row["method"] in runs and row["command"] == " ".join(command(setting, row["method"])):
+            runs[row["method"]][row["seed"]] = row["curve"]
+    return {method: curves for method, curves in runs.items() if curves}
+
+
+def summary(runs):
+    """A row per method: its endpoints with the half-widths of their intervals, and where base and last evaluation are."""
     for method, curves in runs.items():
-        if len(curves) < 2:
+        line = dict(method=method, seeds=len(curves))
+        for name in ("score", "variety"):
+            ends = np.array([endpoints(curve)[name] for curve in curves.values()])
+            line |= {name: ends.mean(), f"{name}_half_width": half_width(ends)}
+        base, last = (np.mean([curve[at] for curve in curves.values()], 0) for at in (0, -1))
+        yield line | dict(base_score=base[2], base_variety=base[3], last_score=last[2], last_variety=last[3], minutes=last[1])
+
+
+def contrasts(runs, planned):
+    """A row per planned contrast whose two methods share two seeds or more: what `paired_tests` says, and the way there.
+
+    `images_to_it` and `minutes_to_it` are what the mean curve takes to the other's score, `images_of_its_own` and so on what the
+    other's mean curve takes; `relative_gain` is the gain over the base model, divided by the other's.
+    """
+    lines = []
+    for method, against, claim in planned:
+        seeds = sorted(runs.get(method, {}).keys() & runs.get(against, {}).keys())
+        if len(seeds) < 2:
             continue
-        ends = np.array([endpoint(c) for c in curves.values()])
-        half = stats.t.ppf(0.975, len(ends) - 1) * ends.std(ddof=1) / math.sqrt(len(ends))
-        line = dict(setting=setting, method=method, seeds=len(ends), base=np.mean([c[0, 2] for c in curves.values()]))
-        line |= dict(score=ends.mean(), half_width=half, last=np.mean([c[-1, 2] for c in curves.values()]))
-        shared = sorted(curves.keys() & baseline.keys())
-        if method != first and len(shared) > 1:
-            own, other = (np.array([endpoint(c[seed]) for seed in shared]) for c in (curves, baseline))
-            base = np.array([baseline[seed][0, 2] for seed in shared])
-            half, p, detectable = paired(own - other)
-            line |= dict(difference=(own - other).mean(), difference_half_width=half, p=p, smallest_detectable=detectable)
-            line |= dict(relative_gain=(own - base).mean() / (other - base).mean())
-        goal = np.mean([endpoint(c) for c in baseline.values()]) if baseline else math.inf
-        arrivals = [reached(c, goal) for c in curves.values()]
-        line |= dict(reached_by=sum(a is not None for a in arrivals))
-        if all(arrivals):
-            line |= dict(zip(("images_to_it", "minutes_to_it"), np.mean(arrivals, 0)))
+        own, other = (np.array([runs[m][seed] for seed in seeds]) for m in (method, against))  # (seeds, evaluations, 4)
+        line = dict(method=method, against=against, claim=claim, seeds=len(seeds))
+        for name in ("score", "variety"):
+            ends, others = (np.array([endpoints(curve)[name] for curve in curves]) for curves in (own, other))
+            if np.isfinite([ends, others]).all():
+                line |= {f"{name}_{key}": value for key, value in paired_tests(ends, others).items()}
+            if name == "score":
+                base, goal = other[:, 0, 2].mean(), others.mean()
+                line |= dict(relative_gain=(ends.mean() - base) / (goal - base))
+        for of, curves in (("to_it", own), ("of_its_own", other)):
+            if arrival := reached(curves.mean(0), goal):
+                line |= {f"images_{of}": arrival[0], f"minutes_{of}": arrival[1]}
         lines.append(line)
-    tested = [line for line in lines if "p" in line]
-    for line, p in zip(tested, holm([line["p"] for line in tested])):
-        line["p_holm"] = p
+    for name in ("score", "variety"):
+        tested = [line for line in lines if f"{name}_p" in line]
+        if tested:
+            p = [line[f"{name}_p_same" if line["claim"] == "same" else f"{name}_p"] for line in tested]
+            for line, corrected in zip(tested, multipletests(np.nan_to_num(p, nan=1.0), method="holm")[1]):
+                line[f"{name}_p_holm"] = corrected
     return lines
 
 
-def draw(rows, settings, path):
-    """Mean held-out score, and the range over seeds, against images: a panel a setting, a line of its own a method."""
-    methods = dict.fromkeys(method for setting in settings for method in SETTINGS[setting][1])
-    style = {m: dict(color=f"C{i % 10}", linestyle="-" if i < 10 else "--") for i, m in enumerate(methods)}
-    figure, axes = plt.subplots(1, len(settings), figsize=(4.5 * len(settings), 6), sharey=True, squeeze=False)
-    for axis, setting in zip(axes[0], settings):
-        for method in SETTINGS[setting][1]:
-            curves = [r["curve"] for r in rows if (r["setting"], r["method"]) == (setting, method)]
-            if curves:
-                images, scores = curves[0][:, 0], np.array([c[:, 2] for c in curves])
-                axis.plot(images, scores.mean(0), label=f"{method} ({len(curves)} seeds)", **style[method])
-                axis.fill_between(images, scores.min(0), scores.max(0), color=style[method]["color"], alpha=0.12, linewidth=0)
-        axis.set(title=setting, xlabel="images generated")
-        axis.locator_params("x", nbins=5)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    axes[0, 0].set_ylabel("held-out strict score")
-    figure.tight_layout()
+LABEL = [dict(xytext=(x, y), textcoords="offset points", fontsize=9) for x in (3, -15) for y in (3, -11)]  # around its point
+
+
+def draw(runs, title, path):
+    """Differences from the first method in score and in variety with 95 % intervals, paired; and score against variety."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 1.8 + 0.32 * max(6, len(runs))), width_ratios=(1, 1, 2), layout="constrained")
+    first, *others = runs
+    for axis, name in zip(axes, ("score", "variety")):
+        for y, method in enumerate(others):
+            seeds = sorted(runs[method].keys() & runs[first].keys())
+            gaps = np.array([endpoints(runs[method][seed])[name] - endpoints(runs[first][seed])[name] for seed in seeds])
+            if len(gaps):
+                axis.errorbar(gaps.mean(), y, xerr=half_width(gaps), fmt="o", color="C0", capsize=3)
+        axis.axvline(0, color="grey", linewidth=1)
+        labels = [f"{textwrap.fill(method, 28)}  {number}" if name == "score" else "" for number, method in enumerate(others, 2)]
+        axis.set(yticks=range(len(others)), yticklabels=labels, ylim=(max(len(others), 1) - 0.5, -0.5))
+        axis.set_xlabel(f"difference in {name}\nfrom {first} (1)")
+        axis.grid(axis="x", alpha=0.3)
+    for number, curves in enumerate(runs.values(), 1):
+        ends = np.array([list(endpoints(curve).values()) for curve in curves.values()])  # (seeds, 2)
+        (score, variety), (dy, dx) = ends.mean(0), (half_width(values) for values in ends.T)
+        axes[2].errorbar(variety, score, xerr=dx, yerr=dy, fmt="o", color="C0", ecolor="lightgrey", markersize=4)
+        axes[2].annotate(str(number), (variety, score), **LABEL[number % 4])
+    axes[2].set(xlabel="variety", ylabel="held-out score")
+    axes[2].grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)
+
+
+def rounded(lines):
+    return [{name: f"{v:.4g}" if isinstance(v, float) else v for name, v in line.items()} for line in lines]
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for name in args.settings:
         if name not in SETTINGS:
-            arguments.fail(f"--settings {name} is not one of {', '.join(SETTINGS)}")
-    known = {method for setting in args.settings for method in SETTINGS[setting][1]}
-    for method in args.methods:
-        if method not in known:
-            arguments.fail(f"--methods {method!r} is not one of {', '.join(map(repr, sorted(known)))}")
+            fail(f"--settings {name} is not one of {', '.join(SETTINGS)}")
+    known = {method for setting in args.settings for method in SETTINGS[setting].methods}
+    own = [method for method in args.methods if method not in known]
+    for method in own:
+        script = (shlex.split(method) or [""])[0]
+        if not (script in variants.VARIANTS or script.endswith(".py") and Path(script).is_file()):
+            fail(f"--methods {method!r} is neither one of {', '.join(map(repr, sorted(known)))} nor a script that is there")
+    chosen = {s: [m for m in SETTINGS[s].methods if m in args.methods or not args.methods] + own for s in args.settings}
     table = args.output_dir / "runs.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
     rows = read_table(table)
-    done = {(row["setting"], row["method"], row["seed"]) for row in rows}
     wanted = [  # seed by seed, so that whenever it is stopped all methods have about as many
         (setting, method, seed)
-        for setting in args.settings
-        for seed in ((TUNING_SEED,) if setting == "tuning" else args.seeds)
-        for method in SETTINGS[setting][1]
-        if (method in args.methods or not args.methods) and (setting, method, seed) not in done
+        for setting, methods in chosen.items()
+        for seed in args.seeds or SETTINGS[setting].seeds
+        for method in methods
+        if seed not in runs_of(rows, setting, [method]).get(method, ())
     ]
-    with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-        for job, row in zip(wanted, pool.map(lambda job: run(*job, args.runs_dir, args.jobs == 1), wanted if args.jobs else ())):
-            if row is None:
-                print(f"{job} failed; see its log in {args.runs_dir}", file=sys.stderr)
+    for script in {Path(command(setting, method)[0]).stem for setting, method, _ in wanted} & variants.VARIANTS.keys():
+        variants.source(script)  # ends the program if the variant does not apply
+    failed, pool = False, ThreadPoolExecutor(max(args.jobs, 1))
+    try:
+        jobs = {pool.submit(run, *job, args.runs_dir, args.jobs == 1): job for job in (wanted if args.jobs else ())}
+        for future in as_completed(jobs):
+            try:
+                row = future.result()
+            except RuntimeError as error:
+                failed = True
+                print(error, file=sys.stderr)
             else:
-                rows.append(row)
+                rows = [*read_table(table), row]  # read again: another program may have added rows meanwhile
                 write_table(table, rows)
-                print(len(rows), *job, f"{endpoint(row['curve']):.3f}", flush=True)
-    if not rows:
-        arguments.fail(f"{table} has no runs to report on, and --jobs 0 makes none")
-    lines = [line for setting in args.settings if setting != "tuning" for line in report(rows, setting, SETTINGS[setting][1])]
-    for line in lines:
-        text = f"{line['setting']:10} {line['method']:36} {line['seeds']} seeds {line['score']:.3f} ± {line['half_width']:.3f}"
-        if "p" in line:
-            text += f"  difference {line['difference']:+.3f} ± {line['difference_half_width']:.3f}, p {line['p_holm']:.3f} (Holm)"
-            text += f", could have seen {line['smallest_detectable']:.3f}; relative gain {line['relative_gain']:.2f}"
-        print(text)
-    for row in rows:
-        if row["setting"] == "tuning":
-            print(f"tuning     {row['method']:44} {endpoint(row['curve']):.3f}")
-    fields = dict.fromkeys(name for line in lines for name in line)
-    write_table(args.output_dir / "comparison.csv", [
-        {f: (f"{line[f]:.4g}" if isinstance(line.get(f), float) else line.get(f, "")) for f in fields} for line in lines
-    ])  # fmt: skip
-    drawn = {row["setting"] for row in rows} - {"tuning"}
-    draw(rows, [setting for setting in args.settings if setting in drawn], args.output_dir / "comparison.png")
+                print(len(rows), *jobs[future], " ".join(f"{k} {v:.3f}" for k, v in endpoints(row["curve"]).items()), flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    summaries, tests = [], []
+    for setting in args.settings:
+        runs = runs_of(rows, setting, [*SETTINGS[setting].methods, *own])
+        if not runs:
+            continue
+        for line in summary(runs):
+            summaries.append(dict(setting=setting, **line))
+            line = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in line.items()}
+            text = "{seeds:3} seeds  score {score} ± {score_half_width}  variety {variety} ± {variety_half_width}".format(**line)
+            print(f"{setting:14} {line['method']:50} {text}")
+        first, *others = runs
+        planned = CONTRASTS.get(setting, [(m, first, "differs") for m in others if m not in own])
+        for line in contrasts(runs, [*planned, *((m, first, "differs") for m in own if m != first)]):
+            tests.append(dict(setting=setting, **line))
+            print(f"{setting:14} {line['method']} against {line['against']} ({line['claim']}), {line['seeds']} seeds")
+            for name in ("score", "variety"):
+                if f"{name}_p" in line:
+                    numbers = {key.removeprefix(f"{name}_"): value for key, value in line.items() if key.startswith(f"{name}_")}
+                    text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.3f}, {p_holm:.3f} by Holm; same {p_same:.3f}"
+                    print(f"    {name:8} {text}; detectable {{detectable:.3f}}".format(**numbers))
+        draw(runs, SETTINGS[setting].title, args.output_dir / f"{setting}.png")
+    if not summaries:
+        fail(f"{table} has no runs to report on" + ", and --jobs 0 makes none" * (not args.jobs))
+    write_table(args.output_dir / "comparison.csv", rounded(summaries))
+    if tests:
+        write_table(args.output_dir / "contrasts.csv", rounded(tests))
+    sys.exit(failed)

@@ -1,37 +1,47 @@
-"""Draws everything that a run logged, a panel a metric: the pictures of the pages in docs/.
+"""Draws six metrics that a run logged, each under the question that it answers: the pictures of the pages in docs/.
 
 python grpo.py --iterations 60 --output-dir runs/curves
 python -m experiments.curves runs/curves docs/grpo.png
 """
 
+import re
 import sys
-from collections import defaultdict
+from pathlib import Path
 
 import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bookkeeping import read_scalars, replacing
+
+# Tags that differ in their last number alone share a panel. Stepwise's signal is its gains, elsewhere it is the share of images
+# whose group's rewards differ
+PANELS = {
+    "Does it learn?": ("charts/reward", "mean reward of training images"),
+    "Also for new prompts?": ("charts/held_out_score", "held-out score"),
+    "Does it keep its variety?": ("charts/variety", "variety"),
+    "Is there something to learn from?": ("charts/images_with_signal", "share of images with a signal"),
+    "Which steps gain?": (r"gain/step_\d+", "mean |gain| of a step"),
+    "Do ratios stay near 1?": (r"losses/clip_fraction_\d+", "share of ratios that are clipped"),
+    "Is the gradient steady?": (r"losses/grad_norm_\d+", "norm of the gradient"),
+}
 
 
-def draw(folder, path, columns=5):
-    """Tags that differ in their last number alone share a panel, and so do all of time/."""
-    events, panels = EventAccumulator(str(folder), {"scalars": 0}), defaultdict(dict)  # 0: every point
-    events.Reload()
-    for tag in sorted(events.Tags()["scalars"]):
-        section, name = tag.split("/")
-        family, number = (section, name) if section == "time" else (tag.rstrip("_0123456789"), name.split("_")[-1])
-        panels[family][number] = [(e.step, e.value) for e in events.Scalars(tag)]
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2 * rows), squeeze=False)
-    for axis, (family, curves) in zip(axes.flat, panels.items()):
-        for number, points in curves.items():
-            axis.plot(*zip(*points), "o-" if len(points) < 20 else "-", label=number, linewidth=1, markersize=3)
-        axis.set_title(family, fontsize=9)
-        axis.tick_params(labelsize=7)
+def draw(folder, path):
+    scalars = read_scalars(folder)
+    left_out = "Is there something to learn from?" if "gain/step_0" in scalars else "Which steps gain?"
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    for axis, question in zip(axes.flat, (question for question in PANELS if question != left_out)):
+        pattern, name = PANELS[question]
+        tags = sorted((tag for tag in scalars if re.fullmatch(pattern, tag)), key=lambda tag: (len(tag), tag))
+        for tag in tags:
+            number = tag.rsplit("_", 1)[-1]
+            axis.plot(*zip(*scalars[tag]), "o-" if len(scalars[tag]) < 20 else "-", label=number, linewidth=1, markersize=3)
+        if len(tags) > 1:
+            axis.legend(title="step" if "gain" in pattern else "update", fontsize=8, ncols=-(-len(tags) // 8))
+        axis.set(title=question, xlabel="iteration", ylabel=name)
         axis.ticklabel_format(useOffset=False)
-        axis.legend(fontsize=6).set_visible(len(curves) > 1)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":
