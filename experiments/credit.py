@@ -25,6 +25,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,13 +35,16 @@ from tqdm import tqdm
 
 import arguments
 import bookkeeping
+import families
 import gcpo
 import grpo
+import machine
 import rewards
 import sampler
 import stepwise_grpo
 from experiments import credit_pictures, estimates
 from experiments.estimates import CREDIT, GRADIENT, by_chunk, centred, credit_statistics
+from machine import fail
 
 
 @dataclass
@@ -129,6 +133,7 @@ class Policy:
         self.sigmas = sampler.schedule(self.pipe, args.steps, args.device)
         self.eta, self.sde, self.ode_steps = args.eta, args.sde, args.ode_steps
         self.score = rewards.build(args.reward).score
+        self.sides = 2 if args.guidance > 1 and families.of(self.pipe).contrasts(self.pipe) else 1
         self.parameters = [p for p in self.pipe.transformer.parameters() if p.requires_grad]
         trained = {id(p) for p in self.parameters}
         self.layers = [m for m in self.pipe.transformer.modules() if id(getattr(m, "weight", None)) in trained]  # all Linear
@@ -139,7 +144,7 @@ class Policy:
             try:
                 self.optimizer.load_state_dict(torch.load(state, weights_only=True, map_location="cpu")["optimizer"])
             except Exception as error:
-                arguments.fail(f"{state} does not fit ({type(error).__name__}): it is damaged or was made with other settings")
+                fail(f"{state} does not fit ({type(error).__name__}): it is damaged or was made with other settings")
             self.optimizer.param_groups[0]["lr"] = args.lr  # which in a finished run has fallen to nothing
 
     def velocity(self, x, sigma, prompt):
@@ -153,9 +158,9 @@ class Policy:
         return stepwise_grpo.estimate_x0(self.pipe, x, v, k, self.sigmas, self.text.rows(prompt), substeps, self.args)
 
     def log_probs(self, measured, b, k):
-        """(2, n) of the transitions at steps k (n,) of trajectories b: log p, and what has the gradient E[delta_k grad log p | x_k].
+        """(2, n) at steps k (n,) of trajectories b: log p_k, and what has the gradient E[delta_k grad log p_k | x_k].
 
-        That follows from log p depending on x_{k+1} by (x_{k+1}, mean) / std².
+        The latter since log p_k depends on x_{k+1} by (x_{k+1}, mean) / std².
         """
         x, sigma, sigma_next = measured.trajectory[b, k], self.sigmas[k], self.sigmas[k + 1]
         v = self.velocity(x, sigma, measured.prompt[b])
@@ -316,10 +321,10 @@ def exact_methods(measured, G):
 
 def weights_of(policy):
     """{kind: (S,)} of --step-weights, but for none."""
-    sigmas, S = policy.sigmas, policy.args.steps - policy.ode_steps
-    zero = torch.zeros(S, 1, device=sigmas.device)
-    _, std = sampler.sde_step(zero, zero, sigmas[:S], sigmas[1 : S + 1], sigmas[1].item(), policy.eta, policy.sde)
-    return {kind: sampler.step_weights(kind, std.flatten(), sigmas.diff()[:S]).cpu() for kind in ("std", "std2", "guard")}
+    S = policy.args.steps - policy.ode_steps
+    sigma, sigma_next = policy.sigmas[:S], policy.sigmas[1 : S + 1]
+    _, std = sampler.sde_step(sigma, sigma, sigma, sigma_next, policy.sigmas[1].item(), policy.eta, policy.sde)  # for any v and x
+    return {kind: sampler.step_weights(kind, std, sigma_next - sigma).cpu() for kind in ("std", "std2", "guard")}
 
 
 # Statistics
@@ -349,10 +354,11 @@ def group_gradients(policy, measured, weights, of_true, groups, title):
     """
     args, (_, R, _, S) = policy.args, weights.shape
     for p in tqdm(groups, title, disable=None):
-        total, b = 0, torch.arange(p * args.group_size, (p + 1) * args.group_size)
-        for b, k in (pairs.T for pairs in torch.cartesian_prod(b, torch.arange(S)).split(args.micro_batch)):
+        total, group = 0, torch.arange(p * args.group_size, (p + 1) * args.group_size)
+        for b, k in (rows.T for rows in torch.cartesian_prod(group, torch.arange(S)).split(args.micro_batch)):
             w = torch.stack([weights[:, :, b, k], of_true[:, k].expand(2, -1, -1)], 2).flatten(0, 1).to(args.device)
-            total = total + estimates.weighted_gradients(policy.layers, lambda b=b, k=k: policy.log_probs(measured, b, k), w).cpu()
+            log_probs = partial(policy.log_probs, measured, b, k)
+            total = total + estimates.weighted_gradients(policy.layers, log_probs, w, policy.sides).cpu()
         yield total.unflatten(0, (2, R))
 
 
@@ -434,7 +440,9 @@ def tell(folder, rows, covariances, batch, result):
     known = {r["method"] for r in rows if r["quantity"] == "cosine of expectation" and r["by_construction"]}
     methods = list(dict.fromkeys(r["method"] for r in rows if r["part"] == "gradient"))
     S = sum(r["quantity"] == "share of noise" for r in rows)
-    show = lambda figure, digits=2, unit=1: f"{unit * figure[0]:.{digits}f} ± {unit * figure[1]:.{digits}f}"
+
+    def show(figure, digits=2, unit=1):
+        return "?" if math.isnan(sum(figure)) else f"{unit * figure[0]:.{digits}f} ± {unit * figure[1]:.{digits}f}"
 
     print(f"\n{'':44}{'at steps':12}{'':12}{'first update':71}{f'{batch} images are':18} second update")
     print(f"{'':44}{'correlation':12}{'wrong signs':12}{'noise/signal':15}{'expected':13}{'cosine of':15}{'predicted':12}", end="")
@@ -488,9 +496,9 @@ def pool(folders):
             covariances.append(torch.from_numpy(np.loadtxt(folder / "covariances.csv", delimiter=",", ndmin=2)))
             batches.add(json.loads((folder / "credit.json").read_text())["images_of_an_update"])
         except (OSError, ValueError, KeyError) as error:
-            arguments.fail(f"--pool {folder} is not the folder of a measurement ({type(error).__name__})")
+            fail(f"--pool {folder} is not the folder of a measurement ({type(error).__name__})")
     if len(batches) > 1 or any(table.keys() != tables[0].keys() for table in tables):
-        arguments.fail("--pool needs measurements of the same methods, steps and images of an update")
+        fail("--pool needs measurements of the same methods, steps and images of an update")
     rows = []
     for key, row in tables[0].items():
         value, error = np.array([[float(table[key][name]) for table in tables] for name in ("value", "error")])
@@ -504,17 +512,17 @@ def parse_args():
     args = arguments.parse_examined(Args, __doc__)
     for name in "rank text_length micro_batch ode_steps max_chunk prompts updates".split():
         if getattr(args, name) < 1:
-            arguments.fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.group_size < 2 or min(args.substeps, default=0) < 1 or min(args.lr, args.clip) <= 0:
-        arguments.fail("--group-size must be at least 2, --substeps at least 1, and --lr and --clip above 0")
+        fail("--group-size must be at least 2, --substeps at least 1, and --lr and --clip above 0")
     if args.steps - args.ode_steps < 2:
-        arguments.fail(f"--steps {args.steps} must be at least 2 more than --ode-steps {args.ode_steps}: credit is shared by steps")
+        fail(f"--steps {args.steps} must be at least 2 more than --ode-steps {args.ode_steps}: credit is shared by steps")
     if args.images % args.group_size or args.images < 4 * args.group_size:
-        arguments.fail(f"--images {args.images} must be a multiple of --group-size {args.group_size}, at least 4 times that")
+        fail(f"--images {args.images} must be a multiple of --group-size {args.group_size}, at least 4 times that")
     if args.continuations < 2 or args.continuations % 2:
-        arguments.fail(f"--continuations {args.continuations} must be an even number, at least 2: values are estimated by halves")
+        fail(f"--continuations {args.continuations} must be an even number, at least 2: values are estimated by halves")
     if not 0 < args.eta <= (1.0 if args.sde in ("cps", "ddim") else math.inf):
-        arguments.fail(f"--eta {args.eta} must be above 0, and at most 1 for --sde cps and ddim")
+        fail(f"--eta {args.eta} must be above 0, and at most 1 for --sde cps and ddim")
     arguments.check_model_and_reward(args)
     bookkeeping.require_writable(Path(args.output_dir))
     return args
@@ -526,7 +534,7 @@ if __name__ == "__main__":
     if args.pool:
         tell(folder, *pool(args.pool), dict(pooled=args.pool))
         raise SystemExit
-    arguments.resolve_device(args)
+    machine.resolve_device(args)
     torch.manual_seed(args.seed)
     generator, G = torch.Generator().manual_seed(args.seed), args.group_size
     batch = max(1, args.prompts * G // args.updates)

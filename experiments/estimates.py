@@ -146,23 +146,24 @@ def wald_test(rows):
     if p >= n:
         return math.nan
     mean = rows.mean(0)
-    wald = n * mean @ torch.linalg.solve(rows.T.cov(), mean)
+    wald = n * mean @ torch.linalg.solve(rows.T.cov().view(p, p), mean)
     return stats.f.sf(wald.item() * (n - p) / (p * (n - 1)), p, n - p)
 
 
 # Gradients
 
 
-def weighted_gradients(layers, log_probs, weights):
+def weighted_gradients(layers, log_probs, weights, sides=1):
     """weights (W, Q, n) times the gradients of log_probs() (Q, n) to the weights of Linear layers, summed over both, (W, D).
 
-    A sample's gradient is the sum over its tokens of output gradient ⊗ input, which hooks on the layers see for all samples.
+    A sample's gradient is the sum over its tokens of output gradient ⊗ input, which hooks on the layers see for all samples. They
+    see as many rows for each of `sides` (2 with classifier-free guidance), of which those after n are not used (sampler.velocity).
     """
     n, grads = weights.shape[2], {}
 
     def watch(layer, inputs, output):
-        def collect(grad):  # of outputs (n, L, O); with guidance there are two rows a sample
-            grad, x = (t.float().view(-1, n, *t.shape[1:]) for t in (grad, inputs[0]))
+        def collect(grad):  # of outputs (rows, L, O)
+            grad, x = (t.float().view(sides, -1, *t.shape[1:])[:, :n] for t in (grad, inputs[0]))
             grads[layer] = torch.einsum("gnlo,gnli->noi", grad, x).flatten(1)
 
         output.register_hook(collect)
@@ -234,7 +235,8 @@ def gradient_statistics(products, M, group_size, images):
         spread = signal + noise * group_size / images  # mean squared norm of an average over `images`
         need = noise[0] / ((along[0] / along) ** 2 * spread - signal[0])  # groups
         equivalent = torch.where(along / along[0] > 0, torch.where(need > 0, need, torch.inf) * group_size, 0.0)
-        relative, cosine, expected = noise / signal, along / signal.sqrt(), along / spread.sqrt()
+        relative = torch.where(signal > 0, noise / signal, torch.nan)
+        cosine, expected = along / signal.sqrt(), along / spread.sqrt()
         rows = [signal, noise, relative / relative[0], cosine / true.sqrt(), expected / true.sqrt(), expected / expected[0]]
         return torch.stack([*rows, equivalent.log()])
 
