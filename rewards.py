@@ -69,32 +69,18 @@ def by_category(groups):
     return {category: train for category, (train, _) in both.items()}, {category: held for category, (_, held) in both.items()}
 
 
-def without_benchmark(train, held_out):
-    """The two halves without training prompts of GenEval's benchmark, nor a category that they were all of."""
-    left = {category: [p for p in prompts if not geneval_benchmark.holds(p)] for category, prompts in train.items()}
-    return {category: prompts for category, prompts in left.items() if prompts}, held_out
-
-
 ANIMALS = (  # DDPO's
     "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle "
     "ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey "
     "fly llama camel bat gorilla hedgehog kangaroo"
 ).split()
 ACTIVITIES = ("riding a bike", "washing the dishes", "playing chess")  # DDPO's
-SURFACES = (
-    "a shop sign that reads", "a neon sign saying", "a birthday cake with the words", "a book titled", "a chalkboard with the text",
-    "a t-shirt printed with", "a road sign that says", "a poster with the headline", "graffiti on a wall spelling", "a mug with",
-)  # fmt: skip
-WORDS = (
-    "hello world,open late,fresh bread,keep left,good morning,night owl,sale today,no entry,read more,wild river,stay curious,"
-    "coffee first,lost and found,blue moon,thank you,mind the gap,summer camp,quiet please,happy birthday,one way"
-).split(",")
 PROMPT_SETS = {
     "shapes": (shapes.TRAIN, shapes.HELD_OUT),
     "animals": by_category({"animals": ANIMALS}),
     "activities": by_category({activity: [f"a {animal} {activity}" for animal in ANIMALS] for activity in ACTIVITIES}),
-    "text": by_category({surface: [f'{surface} "{words}"' for words in WORDS] for surface in SURFACES}),
-    "geneval": without_benchmark(*by_category(geneval.template_prompts())),  # no single object: all 80 are in the benchmark
+    "text": by_category(ocr.template_prompts()),
+    "geneval": geneval_benchmark.left_out(*by_category(geneval.template_prompts())),  # no single object: all 80 are in it
 }
 
 

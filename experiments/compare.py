@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -72,8 +71,8 @@ TUNED = {
 GRPO, GRPO_STD2, GCPO, STEPWISE = (f" --lr {lr} --clip {clip}" for lr, clip in TUNED.values())
 
 # Mean weight of each step in the loss of adaptive GCPO, S / (K c) in a chunk of c steps, one of K: what gcpo.py of commit 24e9f25
-# logged with the flags of `mechanism` (its name for --max-chunk is --min-chunk) and --seed 100
-GCPO_WEIGHTS = "1.31 1.10 1.08 1.08 1.07 1.09 1.12 1.14 1.16 1.19 1.22 1.22 0.80 0.47 0.47 0.47"
+# logged as chunks/weight_<k> in iterations 1 to 37 with the flags of `mechanism` (--max-chunk was --min-chunk) and --seed 100
+GCPO_WEIGHTS = "1.31 1.10 1.08 1.08 1.07 1.09 1.11 1.13 1.16 1.19 1.22 1.23 0.79 0.47 0.47 0.47"
 
 KERNELS = {"flow": "--sde flow --eta 0.7", "ddim": "--sde ddim --eta 0.8"}
 SCRIPTS = {"grpo": "grpo", "gcpo": "gcpo", "stepwise": "stepwise_grpo"}
@@ -244,7 +243,7 @@ def write_table(path, rows):
 
 def command(setting, method):
     """The words of a run but for its seed and folders: the script, with .py, and its flags; `method` is a name or someone's own."""
-    script, *own = shlex.split(SETTINGS[setting].methods.get(method, method))
+    script, *own = SETTINGS[setting].methods.get(method, method).split()
     return [script if script.endswith(".py") else f"{script}.py", *SETTINGS[setting].flags.split(), *own]
 
 
@@ -313,12 +312,12 @@ def paired_tests(own, other):
     return line
 
 
-def runs_of(rows, setting, methods):
-    """{method: {seed: curve}} of those methods that have runs, by the command that SETTINGS gives them now."""
-    runs = {method: {} for method in methods}
+def runs_of(rows, setting):
+    """{method: {seed: curve}} of a setting's methods and then others' own, by the command that SETTINGS gives them now."""
+    runs = {method: {} for method in SETTINGS[setting].methods}
     for row in rows:
-        if row["setting"] == setting and row["method"] in runs and row["command"] == " ".join(command(setting, row["method"])):
-            runs[row["method"]][row["seed"]] = row["curve"]
+        if row["setting"] == setting and row["command"] == " ".join(command(setting, row["method"])):
+            runs.setdefault(row["method"], {})[row["seed"]] = row["curve"]
     return {method: curves for method, curves in runs.items() if curves}
 
 
@@ -331,6 +330,14 @@ def summary(runs):
             line |= {name: ends.mean(), f"{name}_half_width": half_width(ends)}
         base, last = (np.mean([curve[at] for curve in curves.values()], 0) for at in (0, -1))
         yield line | dict(base_score=base[2], base_variety=base[3], last_score=last[2], last_variety=last[3], minutes=last[1])
+
+
+def planned(setting, runs):
+    """The contrasts of a setting, and each method of someone's own against the first."""
+    first, *others = runs or [None]
+    ours = SETTINGS[setting].methods
+    contrasts = CONTRASTS.get(setting, [(method, first, "differs") for method in others if method in ours])
+    return [*contrasts, *((method, first, "differs") for method in others if method not in ours)]
 
 
 def contrasts(runs, planned):
@@ -397,6 +404,20 @@ def draw(runs, title, path):
     plt.close(figure)
 
 
+def show(setting, summaries, tests):
+    print(f"\n{setting}: {SETTINGS[setting].title}")
+    for line in summaries:
+        text = "{score:.3f} ± {score_half_width:.3f}  variety {variety:.3f} ± {variety_half_width:.3f}  {seeds} seeds"
+        print(f"{line['method']:50}  score {text.format(**line)}")
+    for line in tests:
+        print(f"{line['method']} against {line['against']} ({line['claim']}), {line['seeds']} seeds")
+        for name in ("score", "variety"):
+            if f"{name}_p" in line:
+                numbers = {key.removeprefix(f"{name}_"): value for key, value in line.items() if key.startswith(f"{name}_")}
+                text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.3f}, {p_holm:.3f} by Holm; same {p_same:.3f}"
+                print(f"    {name:8} {text}; detectable {{detectable:.3f}}".format(**numbers))
+
+
 def rounded(lines):
     return [{name: f"{v:.4g}" if isinstance(v, float) else v for name, v in line.items()} for line in lines]
 
@@ -409,7 +430,7 @@ if __name__ == "__main__":
     known = {method for setting in args.settings for method in SETTINGS[setting].methods}
     own = [method for method in args.methods if method not in known]
     for method in own:
-        script = (shlex.split(method) or [""])[0]
+        script = method.partition(" ")[0]
         if not (script in variants.VARIANTS or script.endswith(".py") and Path(script).is_file()):
             fail(f"--methods {method!r} is neither one of {', '.join(map(repr, sorted(known)))} nor a script that is there")
     chosen = {s: [m for m in SETTINGS[s].methods if m in args.methods or not args.methods] + own for s in args.settings}
@@ -421,7 +442,7 @@ if __name__ == "__main__":
         for setting, methods in chosen.items()
         for seed in args.seeds or SETTINGS[setting].seeds
         for method in methods
-        if seed not in runs_of(rows, setting, [method]).get(method, ())
+        if seed not in runs_of(rows, setting).get(method, ())
     ]
     for script in {Path(command(setting, method)[0]).stem for setting, method, _ in wanted} & variants.VARIANTS.keys():
         variants.source(script)  # ends the program if the variant does not apply
@@ -440,30 +461,18 @@ if __name__ == "__main__":
                 print(len(rows), *jobs[future], " ".join(f"{k} {v:.3f}" for k, v in endpoints(row["curve"]).items()), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
-    summaries, tests = [], []
-    for setting in args.settings:
-        runs = runs_of(rows, setting, [*SETTINGS[setting].methods, *own])
-        if not runs:
-            continue
-        for line in summary(runs):
-            summaries.append(dict(setting=setting, **line))
-            line = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in line.items()}
-            text = "{seeds:3} seeds  score {score} ± {score_half_width}  variety {variety} ± {variety_half_width}".format(**line)
-            print(f"{setting:14} {line['method']:50} {text}")
-        first, *others = runs
-        planned = CONTRASTS.get(setting, [(m, first, "differs") for m in others if m not in own])
-        for line in contrasts(runs, [*planned, *((m, first, "differs") for m in own if m != first)]):
-            tests.append(dict(setting=setting, **line))
-            print(f"{setting:14} {line['method']} against {line['against']} ({line['claim']}), {line['seeds']} seeds")
-            for name in ("score", "variety"):
-                if f"{name}_p" in line:
-                    numbers = {key.removeprefix(f"{name}_"): value for key, value in line.items() if key.startswith(f"{name}_")}
-                    text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]  p {p:.3f}, {p_holm:.3f} by Holm; same {p_same:.3f}"
-                    print(f"    {name:8} {text}; detectable {{detectable:.3f}}".format(**numbers))
-        draw(runs, SETTINGS[setting].title, args.output_dir / f"{setting}.png")
-    if not summaries:
+    report = {"comparison": [], "contrasts": []}
+    for setting in SETTINGS:  # the tables hold them all, only those asked for are printed and drawn
+        runs = runs_of(rows, setting)
+        found = list(summary(runs)), contrasts(runs, planned(setting, runs))
+        for table_of_all, lines in zip(report.values(), found):
+            table_of_all += [dict(setting=setting, **line) for line in lines]
+        if runs and setting in args.settings:
+            show(setting, *found)
+            draw(runs, SETTINGS[setting].title, args.output_dir / f"{setting}.png")
+    if not report["comparison"]:
         fail(f"{table} has no runs to report on" + ", and --jobs 0 makes none" * (not args.jobs))
-    write_table(args.output_dir / "comparison.csv", rounded(summaries))
-    if tests:
-        write_table(args.output_dir / "contrasts.csv", rounded(tests))
+    for name, lines in report.items():
+        if lines:
+            write_table(args.output_dir / f"{name}.csv", rounded(lines))
     sys.exit(failed)

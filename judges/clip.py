@@ -48,3 +48,10 @@ def score(images, prompts):
 def pickscore(images, prompts):
     """PickScore (B,) over 26, about 1 at its upper end as Flow-GRPO scales it."""
     return load("pickscore")[0].logit_scale.exp().item() * similarity("pickscore", images, prompts) / 26
+
+
+def distances(images, prompts):
+    """{prompt: mean of 1 - cosine over the pairs of its images' embeddings}, of images (B, 3, H, W), two or more per prompt."""
+    embeds, _ = embed(*load("clip"), to_uint8(images), list(prompts[:1]))
+    own = {prompt: embeds[[p == prompt for p in prompts]].double() for prompt in dict.fromkeys(prompts)}
+    return {prompt: float(torch.pdist(rows).square().mean() / 2) for prompt, rows in own.items()}  # |a - b|² = 2 - 2 cos

@@ -51,6 +51,12 @@ def holds(prompt):
     return meaning(parse(prompt)) in MEANINGS
 
 
+def left_out(train, held_out):
+    """Both halves of a prompt set, the training prompts without the benchmark's, nor a category that they were all of."""
+    left = {category: [p for p in prompts if not holds(p)] for category, prompts in train.items()}
+    return {category: prompts for category, prompts in left.items() if prompts}, held_out
+
+
 def table(score, error, means):
     """The score, its standard error and the tasks' means {task: mean}, beside the published figures, as lines of text."""
     rows = {"": "here", "overall": f"{score:.3f} ± {error:.3f}"} | {task: f"{mean:.3f}" for task, mean in means.items()}

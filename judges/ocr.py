@@ -8,6 +8,20 @@ import torch
 
 from judges import to_uint8
 
+SURFACES = (
+    "a shop sign that reads", "a neon sign saying", "a birthday cake with the words", "a book titled", "a chalkboard with the text",
+    "a t-shirt printed with", "a road sign that says", "a poster with the headline", "graffiti on a wall spelling", "a mug with",
+)  # fmt: skip
+WORDS = (
+    "hello world,open late,fresh bread,keep left,good morning,night owl,sale today,no entry,read more,wild river,stay curious,"
+    "coffee first,lost and found,blue moon,thank you,mind the gap,summer camp,quiet please,happy birthday,one way"
+).split(",")
+
+
+def template_prompts():
+    """Surface -> prompts that quote the words to be written on it."""
+    return {surface: [f'{surface} "{words}"' for words in WORDS] for surface in SURFACES}
+
 
 def quoted(prompt):
     """The text that a prompt wants to see written: what stands in its first pair of double quotes."""

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 
 import rewards
 import sampler
+from judges import geneval
 from miniature import shapes
 from miniature.shapes import Object
 
@@ -96,12 +97,12 @@ def test_a_wrong_shade_is_rejected():
 
 def test_relations_are_genevals():
     centre = Object("red", 32, 32, 10)
-    assert shapes.relations(Object("red", 2, 32, 10), centre) == {"left of"}
-    assert shapes.relations(Object("red", 32, 62, 10), centre) == {"below"}
-    assert shapes.relations(Object("red", 62, 2, 10), centre) == {"right of", "above"}  # a diagonal counts for both
-    assert shapes.relations(Object("red", 35, 32, 10), centre) == set()  # within a tenth of both widths: 4 pixels
+    assert geneval.relations(Object("red", 2, 32, 10), centre) == {"left of"}
+    assert geneval.relations(Object("red", 32, 62, 10), centre) == {"below"}
+    assert geneval.relations(Object("red", 62, 2, 10), centre) == {"right of", "above"}  # a diagonal counts for both
+    assert geneval.relations(Object("red", 35, 32, 10), centre) == set()  # within a tenth of both widths: 4 pixels
     # Offset (30, 18), shortened to (26, 14), distance 35: 26/35 > 0.5, but 14/35 is not.
-    assert shapes.relations(Object("red", 62, 50, 10), centre) == {"right of"}
+    assert geneval.relations(Object("red", 62, 50, 10), centre) == {"right of"}
 
 
 def test_graded_reward_prefers_what_is_nearer_to_the_prompt():

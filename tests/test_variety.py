@@ -1,14 +1,24 @@
 """Variety: its number of looks, its expectation and its error are what the definition says, and collapses are found."""
 
 import itertools
+import json
 import math
+import runpy
+import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from test_runs import ROOT
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from miniature import shapes
+import bookkeeping
+from evaluate import standard_errors
+from judges import clip, to_uint8
+from miniature import pretrain, shapes
 from miniature.shapes import CELLS, COLOURS, SHAPES, Object
 
 KINDS = {  # a caption of every kind -> the number of looks it allows, by hand
@@ -195,3 +205,109 @@ def test_the_error_is_the_spread_over_noises_or_more(favourite, low, high):
         values.append(shapes.variety(looks, captions, right))
         errors.append(shapes.variety_error(looks, captions, right))
     assert low < np.mean(np.square(errors)) / np.var(values, ddof=1) < high
+
+
+# evaluate.py
+
+
+def evaluate(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", "--dtype", "float32", *map(str, flags)])
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+
+
+def test_evaluate_tells_the_miniatures_variety_for_any_reward(tmp_path, monkeypatch, capsys):
+    right, seen = bookkeeping.evaluate, []
+    monkeypatch.setattr(bookkeeping, "evaluate", lambda *args: seen.append(right(*args)) or seen[-1])
+    evaluate(monkeypatch, "--eval-images", "216", "--steps", "3", "--reward", "jpeg-compressibility", "--output-dir", tmp_path)
+    result, out = json.loads((tmp_path / "evaluation.json").read_text()), capsys.readouterr().out
+    images, prompts = seen[0].images.numpy(), seen[0].prompts
+    known = shapes.looks(images), prompts, shapes.judge(images, prompts)[0]
+    assert result["variety"] == pytest.approx(shapes.variety(*known), abs=1e-9) and result["variety"] > 0.5
+    assert result["variety_error"] == pytest.approx(shapes.variety_error(*known), abs=1e-9)
+    assert f"{result['variety']:.3f}" in out and f"{result['variety_error']:.3f} over noises" in out
+
+
+def test_single_images_tell_nothing_of_the_error_over_images(tmp_path, monkeypatch, capsys):
+    """Twelve captions of one image each have an error over captions alone; "0.000" would be a claim."""
+    scores, captions = np.repeat([1.0, 0.0], 6), [str(i) for i in range(12)]
+    over_images, over_captions = standard_errors(scores, captions, ["all"] * 12)
+    assert math.isnan(over_images) and over_captions == pytest.approx(0.5 / 12**0.5, rel=0.05)
+    over_images, _ = standard_errors([*scores, 1.0], [*captions[:11], "0", "0"], ["all"] * 13)
+    assert math.isnan(over_images)  # of captions 1 to 10
+    evaluate(monkeypatch, "--eval-images", "12", "--steps", "1", "--output-dir", tmp_path)
+    result, out = json.loads((tmp_path / "evaluation.json").read_text()), capsys.readouterr().out
+    assert result["error_over_images"] is None and result["error_over_captions"] >= 0
+    assert result["variety_error"] is None and "its standard error is not known" in out and "nan over noises" not in out
+    assert "over images it is not known" in out and f"standard error {result['error_over_captions']:.3f} over 11 captions" in out
+
+
+@pytest.fixture
+def tiny_clip(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    tokenizer = pretrain.build_tokenizer()
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vocabulary = dict(vocab_size=len(tokenizer), max_position_embeddings=10, eos_token_id=tokenizer.eos_token_id)
+    config = CLIPConfig(text_config=small | vocabulary, vision_config=small | dict(image_size=32, patch_size=16), projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    size = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(tmp_path / "clip")
+    monkeypatch.setattr(clip, "CHECKPOINTS", {"clip": (str(tmp_path / "clip"),) * 2})
+    clip.load.cache_clear()
+    yield tmp_path
+    clip.load.cache_clear()
+
+
+def test_variety_by_clip_is_the_distance_of_a_captions_images(tiny_clip, monkeypatch, capsys):
+    """Two categories of unequal size, the captions' images of unequal number; the LoRA draws one picture per caption."""
+    prompts = ["a circle", "a cross"] * 3 + ["a circle"] + ["two red crosses"] * 2
+    categories = ["one" if p.startswith("a") else "two" for p in prompts]
+    base = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = {None: base, 4: base[[prompts.index(p) for p in prompts]], 0: base}  # by the steps with the LoRA
+    (tiny_clip / "args.json").write_text("{}")
+    calls = []
+
+    def planted(pipe, args, steps, tuned_steps=None):
+        calls.append((steps, tuned_steps))
+        scores = np.ones(len(prompts))
+        return SimpleNamespace(scores=scores, prompts=prompts, categories=categories, images=images[tuned_steps], variety=None)
+
+    monkeypatch.setattr(bookkeeping, "load", lambda args: None)
+    monkeypatch.setattr(bookkeeping, "evaluate", planted)
+    evaluate(monkeypatch, "--lora", tiny_clip, "--variety", "clip", "--steps", "5", "--hybrid", "0.8")
+    result, out = json.loads((tiny_clip / "evaluation.json").read_text())["clip_distances"], capsys.readouterr().out
+    assert calls == [(5, 4), (5, 0)]
+    model, processor = clip.load("clip")
+    pixels = processor(images=list(to_uint8(base)), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        embeds = model.visual_projection(model.vision_model(pixels).pooler_output)
+    wanted = {}
+    for caption in dict.fromkeys(prompts):
+        own = [i for i, p in enumerate(prompts) if p == caption]
+        pairs = itertools.combinations(own, 2)
+        wanted[caption] = np.mean([1 - float(torch.cosine_similarity(embeds[i], embeds[j], dim=0)) for i, j in pairs])
+    circle, cross, crosses = wanted.values()
+    assert result["base"]["distance"] == pytest.approx((np.mean([circle, cross]) + crosses) / 2, rel=1e-4) and crosses > 1e-3
+    assert result["base"]["error"] == pytest.approx(abs(circle - cross) / 2**0.5 / 2 / 2, rel=0.05)
+    assert result["lora"]["distance"] < 1e-6
+    assert result["difference"]["distance"] == pytest.approx(-result["base"]["distance"], abs=1e-6)
+    assert f"{result['base']['distance']:.3f} ± {result['base']['error']:.3f}" in out and "over 3 captions" in out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--eval-images 64", "at least 432, two per caption"),  # six categories, 36 captions in the largest
+        ("--eval-images 431", "at least 432"),
+        ("--model sd3 --benchmark geneval", "leave it or --benchmark away"),
+        ("--eval-images 432", "neither on disk nor to be had"),
+    ],
+)
+def test_variety_by_clip_needs_pairs_and_clip(flags, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(clip, "CHECKPOINTS", {"clip": ("nobody/nothing",) * 2})
+    monkeypatch.setattr(bookkeeping, "load", lambda args: pytest.fail("something slow starts"))
+    clip.load.cache_clear()
+    with pytest.raises(SystemExit) as stop:
+        evaluate(monkeypatch, "--variety", "clip", "--output-dir", tmp_path / "out", *flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "--reward" not in error
