@@ -228,15 +228,23 @@ def test_lambda_one_is_unbiased_whatever_the_states_are_judged_by(quadratic):
     assert off(1.0) < 4 and off(0.0) > 10
 
 
+@pytest.fixture(scope="module")
+def many():
+    """Trajectories, rewards and grad log p_k to the mean of each step (B, S, D) of 3,000 groups of four."""
+    flow = Flow(True)
+    states, rewards, _ = flow.draw(3_000, 4, 0, continuations=2)
+    return flow, states, rewards, torch.einsum("bkkd->bkd", score_gradients(flow, states).unflatten(2, (S, D)))
+
+
 @pytest.mark.parametrize("kind", ["weights", "own plans", "other's plans", "joint", "noise put back"])
-def test_what_is_known_of_a_method_is_its_expected_gradient(kind):
+def test_what_is_known_of_a_method_is_its_expected_gradient(kind, many):
     """E[what its loss weights grad log p with] is E[rest grad log p] + known t, t the policy gradient, with nonsense for R_k."""
-    flow, group = Flow(True), 4
-    states, rewards, _ = flow.draw(10_000, group, 0, continuations=2)
+    group, (flow, states, rewards, scores) = 4, many
     R = estimates.centred(rewards[:, None].expand(-1, S), group)
     weights, long = torch.tensor([2.0, 0.2, 1.0, 1.5, 0.3], **F64), rewards > rewards.mean()
     plans = [[4, 1] if more else [1, 2, 2] for more in (long.roll(group) if kind == "other's plans" else long).tolist()]
-    gains = stepwise_grpo.gains(torch.cat([torch.sin(3 * states[:, :-1]).sum(-1) + states[:, :-1, 0], rewards[:, None]], 1))
+    nonsense = 0.3 * torch.sin(3 * states[:, :-1]).sum(-1) + 0.3 * states[:, :-1, 0]
+    gains = stepwise_grpo.gains(torch.cat([nonsense, rewards[:, None]], 1))
     later, joint = estimates.centred(credit.lambda_gains(gains, 1.0), group), stepwise_grpo.gain_advantages(gains, group)
     method = {
         "weights": lambda: credit.method(R, R, group, step_weights=weights),
@@ -253,7 +261,7 @@ def test_what_is_known_of_a_method_is_its_expected_gradient(kind):
         torch.testing.assert_close(noisy.var(0) / R.var(0), (g.var(0) / R.var(0)).clamp(min=1), rtol=0.05, atol=0)
         assert noise.any()
     off = S * method.loss_weights(torch.zeros(len(R), S, **F64), 1.0)[0] - method.rest[0]
-    each = torch.einsum("bk,bkkd->bkd", off, score_gradients(flow, states).unflatten(2, (S, D))).unflatten(0, (-1, group)).mean(1)
+    each = (off[..., None] * scores).unflatten(0, (-1, group)).mean(1)
     wrong = (each.mean(0) - method.known[:, None] * policy_gradient(flow).view(S, D)) / (each.std(0) / math.sqrt(len(each)))
     assert wrong.abs().max() < 4, wrong
 
