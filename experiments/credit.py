@@ -444,18 +444,17 @@ def tell(folder, rows, covariances, batch, result):
     def show(figure, digits=2, unit=1):
         return "?" if math.isnan(sum(figure)) else f"{unit * figure[0]:.{digits}f} ± {unit * figure[1]:.{digits}f}"
 
-    print(f"\n{'':44}{'at steps':12}{'':12}{'first update':71}{f'{batch} images are':18} second update")
-    print(f"{'':44}{'correlation':12}{'wrong signs':12}{'noise/signal':15}{'expected':13}{'cosine of':15}{'predicted':12}", end="")
-    print(f"{'worth of GRPO':>28}  {'predicted'}\n{'':44}{'':39}{'gradient':13}{f'{batch} images':15}{'gain':40}  gain")
+    columns = {  # of the first update but for the last
+        "correlation": 14, "wrong signs %": 15, "noise / signal": 16, "cosine": 15, f"cosine of {batch}": 17, "predicted gain": 17,
+        f"{batch} equal GRPO's": 30, "gain at the second": 0,
+    }  # fmt: skip
+    print(f"\n{'at all steps, and of gradients':44}" + "".join(f"{title:{width}}" for title, width in columns.items()))
     for name in methods:
         noise, cosine, expected, gain, images = (figures[name, "", "first update", quantity] for quantity in GRADIENT[2:])
-        columns = [
-            show(figures[name, "steps", "all", "correlation"]),
-            show(figures[name, "steps", "all", "wrong signs"], 0, 100) + " %",
-        ]
-        columns += [show(noise), "1 (set)" if name in known else show(cosine), show(expected, 3), show(gain)]
-        columns += [credit_pictures.images_told(*images, batch), show(figures[name, "", "second update", "predicted gain"])]
-        print(f"{name:44}" + "".join(f"{text:{width}}" for text, width in zip(columns, (12, 12, 15, 13, 15, 13, 29, 0))))
+        told = [show(figures[name, "steps", "all", "correlation"]), show(figures[name, "steps", "all", "wrong signs"], 0, 100)]
+        told += [show(noise), "1 (set)" if name in known else show(cosine), show(expected, 3), show(gain)]
+        told += [credit_pictures.images_told(*images, batch), show(figures[name, "", "second update", "predicted gain"])]
+        print(f"{name:44}" + "".join(f"{text:{width}}" for text, width in zip(told, columns.values())))
     print(f"\n{'at chunks':44}{'correlation':14}{'wrong signs':14}{'above 0':14}{'below 0':14}")
     for name, level in dict.fromkeys((r["method"], r["level"]) for r in rows if r["part"] == "credit"):
         if name not in methods:
@@ -487,7 +486,7 @@ def tell(folder, rows, covariances, batch, result):
 
 
 def pool(folders):
-    """Rows with the mean figures of the folders' credit.csv, their covariances one after another, and the images of an update."""
+    """What `tell` takes, of the mean figures of the folders' credit.csv and all their covariances."""
     tables, covariances, batches = [], [], set()
     for folder in map(Path, folders):
         try:
@@ -504,7 +503,7 @@ def pool(folders):
         value, error = np.array([[float(table[key][name]) for table in tables] for name in ("value", "error")])
         pooled = dict(value=value.mean().item(), error=math.hypot(*error) / len(tables))
         rows.append(row | pooled | dict(groups=sum(int(table[key]["groups"]) for table in tables)))
-    return rows, torch.cat(covariances), batches.pop()
+    return rows, torch.cat(covariances), batches.pop(), dict(pooled=folders)
 
 
 def parse_args():
@@ -528,32 +527,33 @@ def parse_args():
     return args
 
 
-if __name__ == "__main__":
-    args = parse_args()
-    folder, began, args.gradient_checkpointing = Path(args.output_dir), time.monotonic(), False
-    if args.pool:
-        tell(folder, *pool(args.pool), dict(pooled=args.pool))
-        raise SystemExit
+def run(args):
+    """Measures, draws the example, and gives what `tell` takes."""
+    began, args.gradient_checkpointing = time.monotonic(), False
     machine.resolve_device(args)
     torch.manual_seed(args.seed)
-    generator, G = torch.Generator().manual_seed(args.seed), args.group_size
+    generator, G, folder = torch.Generator().manual_seed(args.seed), args.group_size, Path(args.output_dir)
     batch = max(1, args.prompts * G // args.updates)
 
     policy = Policy(args)
     measured = measure(policy, generator)
     plans, weights = chunk_plans(measured, args.max_chunk), weights_of(policy)
     methods = reward_methods(measured, plans, weights, G) | gain_methods(measured, weights, G) | exact_methods(measured, G)
-    shown = example(policy, measured, methods, generator)  # before the policy moves
-    credit = credit_of(measured, methods, plans, G)
-    updates, shares, log_ratio = gradients(policy, measured, methods, batch)
-
     folder.mkdir(parents=True, exist_ok=True)
-    credit_pictures.draw_trajectory(folder / "credit.png", *shown)
-    covariances = estimates.pairwise_covariances(centred(measured.V.diff(dim=-1), G), G)
+    credit_pictures.draw_trajectory(folder / "credit.png", *example(policy, measured, methods, generator))
+    credit = credit_of(measured, methods, plans, G)
+    updates, shares, log_ratio = gradients(policy, measured, methods, batch)  # which moves the policy
+
     optimizer = "the run's AdamW" if policy.warm else "a cold AdamW (--lora names no run with a state.pt)"
     clipped = ((log_ratio.exp() - 1).abs() > args.clip).float().mean(0)
-    second = dict(optimizer=optimizer, lr=args.lr, clip=args.clip, clipped_by_step=clipped.tolist())
+    says = f"the second update follows a step of {optimizer}; of GRPO's ratios {100 * clipped.mean():.0f} % are clipped then"
+    second = dict(optimizer=optimizer, lr=args.lr, clip=args.clip, clipped_by_step=clipped.tolist(), says=says)
+    covariances = estimates.pairwise_covariances(centred(measured.V.diff(dim=-1), G), G)
     result = dict(args=asdict(args), seconds=time.monotonic() - began, second_update=second)
-    tell(folder, table(args.images // G, credit, updates, shares, methods), covariances, batch, result)
-    print(f"the second update follows a step of {optimizer}; of GRPO's ratios {100 * clipped.mean():.0f} % are clipped then")
-    print(f"from {args.images} images, {args.continuations} continuations of every state; {result['seconds'] / 60:.1f} min")
+    print(f"{says}\nfrom {args.images} images, {args.continuations} continuations of every state; {result['seconds'] / 60:.1f} min")
+    return table(args.images // G, credit, updates, shares, methods), covariances, batch, result
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    tell(Path(args.output_dir), *(pool(args.pool) if args.pool else run(args)))

@@ -126,7 +126,12 @@ def draw_gradient(path, figures, methods, batch):
 
 def correlation(predicted, measured):
     """Pearson's correlation over the arms, and its 95 % interval by the bootstrap of arms."""
-    of = lambda x, y, axis=-1: np.nan_to_num(stats.pearsonr(x, y, axis=axis).statistic)  # 0 where a resample is one arm alone
+
+    def of(x, y, axis=-1):
+        x, y = (z - z.mean(axis, keepdims=True) for z in (x, y))
+        norm = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+        return (x * y).sum(axis) / np.maximum(norm, 1e-12)  # 0 where a resample is one arm alone
+
     ends = stats.bootstrap((predicted, measured), of, paired=True, vectorized=True, rng=0).confidence_interval
     return float(of(predicted, measured)), ends.low, ends.high
 
