@@ -137,10 +137,9 @@ def main(args):
 
     if args.pairs < 60 or args.steps < 1 or not 0 < args.temperature < math.inf or not 0 <= args.seed < EXAM_SEED:
         bookkeeping.fail("--pairs must be at least 60, --steps at least 1, --temperature above 0 and --seed from 0 to 2**40 - 1")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        bookkeeping.fail(f"--output {args.output} cannot be written: {error.strerror}")
+    if args.output.is_dir():
+        bookkeeping.fail(f"--output {args.output} is a folder; it must name a file")
+    bookkeeping.require_writable(args.output.parent)
     diffusers.utils.logging.set_verbosity_error()  # the silent T5 truncates every caption
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(FOLDER, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -150,6 +149,7 @@ def main(args):
         scores = torch.stack([judge(four / 255, [caption] * 4) for four, caption in zip(images, captions)])
         share, half, ceiling, order = agreement(scores, grades, captions, args.temperature)
         print(f"{name}: annotator agrees on {share:.3f} ± {half:.3f} (with the grade: {ceiling:.3f}), grade on {order:.3f}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with bookkeeping.replacing(args.output) as temporary:
         temporary.write_bytes(save(judge.state_dict(), {"made": str(args)}))
     print(f"{args.output}: {sum(p.numel() for p in judge.parameters())} parameters, {args.output.stat().st_size} bytes")
