@@ -164,15 +164,8 @@ def test_clip_at_other_size(s):
         lambda eps, D, D_new: eps * math.sqrt(D_new / D): "upside down: the mean of more dimensions varies less",
         lambda eps, D, D_new: eps * D / D_new: "for the same KL of the whole step; here each dimension moves by the same d",
     }
-    formula(
-        s,
-        "clip_at_other_size",
-        lambda eps, D, D_new: eps * math.sqrt(D / D_new),
-        mistakes,
-        eps=(0.1, 1),
-        D=(4, 50),
-        D_new=(60, 200),
-    )
+    expected = lambda eps, D, D_new: eps * math.sqrt(D / D_new)
+    formula(s, "clip_at_other_size", expected, mistakes, eps=(0.1, 1), D=(4, 50), D_new=(60, 200))
 
 
 def bug(s, number):
