@@ -87,8 +87,8 @@ def put(functions, script, sampler):
     if "sde_step" in places:
         step = places["sde_step"]
 
-        def sde_step(v, x, sigma, sigma_next, *rest):  # a script gives one sigma for all rows, or one for each
-            return step(v, x, sigma.expand(len(x)), sigma_next.expand(len(x)), *rest)
+        def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):  # a script gives one sigma for all rows, or one for each
+            return step(v, x, sigma.expand(len(x)), sigma_next.expand(len(x)), sigma_max, eta, sde)
 
         places["sde_step"] = sde_step
     for name, function in places.items():

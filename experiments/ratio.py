@@ -1,13 +1,13 @@
 """The ratio after one update, measured: every figure of docs/ratio.md.
 
-    python grpo.py --iterations 1 --updates 1 --ode-steps 1 --eval-images 6 --output-dir runs/one-update
+    python grpo.py --iterations 1 --updates 1 --ode-steps 1 --step-weights none --eval-images 6 --output-dir runs/one-update
     python -m experiments.ratio --lora runs/one-update
 
 The new policy is the model with that LoRA, the old one the model without it, from which the run started.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import arguments
 import bookkeeping
 import families
 import grpo
+import machine
 import rewards
 import sampler
 
@@ -32,7 +33,7 @@ class Args(arguments.Examined):
     """eps, whose share of stopped ratios is told"""
     images: int = 256
     """trajectories, a prompt each"""
-    draws: int = 64
+    draws: int = 32
     """x_next drawn from the old policy at every state"""
     seed: int = 0
     """seed of prompts and noise"""
@@ -113,25 +114,23 @@ def by_step(steps, clip):
         yield *row, f"{of_sum.mean():.3f} ± {of_sum.std():.3f}"
 
 
-def by_size(sizes, clip):
-    """The same update on latents of other sizes, over all steps; the clip that stops as many ratios as `clip` at the first size."""
-    yield "latents", "D", "d", "std of log ratio", "d/sqrt(D)", "outside", "equal clip", "clip * sqrt(D0/D)"
-    share = D0 = None
+def by_size(sizes, k, clip):
+    """The same update at step k on latents of other sizes, and the clip that stops as many ratios as `clip` at the first size."""
+    yield "latents", "D", "d", "std of log ratio", "d/sqrt(D)", "outside", "equal clip", "clip sqrt(D0/D)"
+    D0 = share = None
     for side, steps in sizes.items():
-        D, d = steps[0].moved.shape[1], torch.stack([(step.moved**2).mean() for step in steps]).mean().sqrt()
-        log_ratio = torch.stack([step.log_ratio for step in steps])
-        distance = log_ratio.expm1().abs().flatten()
-        D0, share = D0 or D, share if D0 else (distance > clip).double().mean().item()
-        equal = distance.sort().values[int((1 - share) * len(distance)) - 1]
-        row = f"{side} x {side}", D, f"{d:.4f}", f"{log_ratio.std():.2e}", f"{d / D**0.5:.2e}"
-        yield *row, outside(log_ratio, clip), f"{equal:.1e}", f"{clip * (D0 / D) ** 0.5:.1e}"
+        moved, log_ratio = steps[k].moved, steps[k].log_ratio
+        D, d, distance = moved.shape[1], (moved**2).mean().sqrt(), log_ratio.expm1().abs().flatten()
+        D0, share = D0 or D, share or (distance > clip).double().mean()
+        row = f"{side} x {side}", D, f"{d:.4f}", f"{log_ratio.std():.2e}", f"{d / D**0.5:.2e}", outside(log_ratio, clip)
+        yield *row, f"{distance.quantile(1 - share):.1e}", f"{clip * (D0 / D) ** 0.5:.1e}"
 
 
 def by_weight(steps, sigmas, clip):
     """Std of the weighted log ratio of every step, and the share outside the clip."""
     std, dt = torch.stack([step.std for step in steps]), sigmas.diff()[: len(steps)].double().cpu()
     yield "weights", *(f"step {k}: w, std, outside" for k in range(len(steps)))
-    for kind in ("none", "std", "std2", "guard"):
+    for kind in get_args(sampler.STEP_WEIGHTS):
         cells = []
         for w, step in zip(sampler.step_weights(kind, std, dt), steps):
             cells.append(f"{w:.2f}, {w * step.log_ratio.std():.1e}, {outside(w * step.log_ratio, clip)}")
@@ -168,7 +167,7 @@ def main():
     if not args.lora:
         arguments.fail("--lora is missing: name the folder of the run of one update")
     arguments.check_model_and_reward(args)
-    arguments.resolve_device(args)
+    machine.resolve_device(args)
     pipes = {dtype: bookkeeping.load(replace(args, dtype=dtype)) for dtype in ("float32", "bfloat16")}
     args.dtype, pipe = "float32", pipes["float32"]
     prompts = rewards.sample_prompts(rewards.prompt_set(args)[0], args.images, np.random.default_rng(args.seed))
@@ -177,7 +176,7 @@ def main():
     sizes = {n: trajectory(pipe, args, text, (C, n, n)) for n in (side, side // 2, side // 4)}
     print(f"One update, {args.images} states and {args.draws} draws a step; outside: the share of ratios beyond 1 ± {args.clip:g}")
     table(*by_step(sizes[side], args.clip))
-    table(*by_size(sizes, args.clip))
+    table(*by_size(sizes, (args.steps - 1) // 2, args.clip))
     table(*by_weight(sizes[side], sigmas, args.clip))
     table(*by_rounding(pipes, args, text, sizes[side], (sigmas[1].item(), args.eta, args.sde)))
 
