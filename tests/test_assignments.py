@@ -2,12 +2,15 @@
 and a hostile submission harms nothing but its own points."""
 
 import ast
+import io
 import json
 import math
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +44,31 @@ def test_the_reference_passes_every_test(part):
 
 def test_the_course_has_a_hundred_points():
     assert sum(test.points for part in range(1, 7) for test in run_part.tests_of(part)) == 100
+
+
+def numbers(text):
+    """Numbers of a list's points, in order."""
+    return re.findall(r"(?m)^(\d+)\. ", text)
+
+
+def test_the_teacher_has_an_answer_to_every_question():
+    notes = re.split(r"(?m)^## ", (COURSE / "teachers.md").read_text())[1:]
+    sheets = sorted(COURSE.glob("[1-6]_*.md"))
+    assert len(notes) == len(sheets) == 6
+    for sheet, answers in zip(sheets, notes):
+        title, questions = sheet.read_text().split("**Questions.**")
+        assert answers.startswith(title.splitlines()[0].removeprefix("# "))
+        assert numbers(answers) == numbers(questions) != []
+
+
+def test_what_is_handed_out_has_no_teachers_notes():
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("the archive that is handed out is made from a git repository, which this is not")
+    archive = subprocess.run(
+        ["git", "archive", "--worktree-attributes", "HEAD", "assignments"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    names = {Path(name).name for name in tarfile.open(fileobj=io.BytesIO(archive)).getnames()}
+    assert "student.py" in names and "teachers.md" not in names
 
 
 def grade(folder, *arguments):
