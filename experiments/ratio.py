@@ -41,7 +41,7 @@ class Args(arguments.Examined):
 
 
 def predicted_mean(kl, dimensions):
-    """Mean of the ratio exp(mean log ratio) over x from the old step N(m, std² I), for the new N(m', std² I), from their KL in nats.
+    """Mean of exp(mean log ratio) over x from the old step N(m, std² I), for the new N(m', std² I), from their KL in nats.
 
     The log ratio, a mean over D dimensions, is Gaussian with mean -KL / D and variance 2 KL / D².
     """
