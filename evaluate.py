@@ -185,7 +185,9 @@ if __name__ == "__main__":
     if evaluation.variety is not None:
         error = shapes.variety_error(evaluation.looks, prompts, evaluation.verdicts)
         result |= dict(variety=known(evaluation.variety), variety_error=known(error))
-        print(f"{'variety':20} {evaluation.variety:7.3f}\nstandard error {error:.3f} over noises")
+        print(f"{'variety':20} {evaluation.variety:7.3f}")
+        unknown = "its standard error is not known: variety takes two right images of a caption, the error three images of each"
+        print(unknown if math.isnan(error) else f"standard error {error:.3f} over noises")
     if args.variety:
         result["clip_distances"] = clip_distances(pipe, args, evaluation)
         print(f"mean distance of the CLIP embeddings of a caption's images, standard error over {len(set(prompts))} captions")
