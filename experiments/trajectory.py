@@ -47,7 +47,7 @@ class Args(arguments.Examined):
     """P: prompts of the rollout"""
     group_size: int = 16
     """G: images per prompt, from the same initial noise"""
-    trajectory: int = 0
+    trajectory: int = 226
     """which of the rollout's P G images is drawn"""
     continuations: int = 256
     """fresh ends drawn from every state to estimate its value"""
