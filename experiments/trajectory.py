@@ -3,7 +3,7 @@
     python -m experiments.trajectory                              # docs/trajectory.png, the miniature without LoRA
     python -m experiments.trajectory --lora runs/grpo__... --output runs/trajectory.png
 
-The image is one of an iteration's rollout, --trajectory of it; another one looks different. The truth is delta_k = V(x_{k+1}) - V(x_k),
+The image is one of an iteration's rollout, --trajectory of it, chosen since a single step decides it; in others several steps do. The truth is delta_k = V(x_{k+1}) - V(x_k),
 where the value V(x_k) is the mean reward of --continuations fresh ends that are drawn from the state x_k (estimates.py).
 """
 
@@ -65,7 +65,9 @@ def parse_args():
     if min(args.prompts, args.max_chunk, args.micro_batch) < 1 or min(args.group_size, args.continuations) < 2:
         machine.fail("--group-size and --continuations must be at least 2; --prompts, --max-chunk and --micro-batch at least 1")
     if not 0 <= args.trajectory < args.prompts * args.group_size:
-        machine.fail(f"--trajectory {args.trajectory} must be from 0 to {args.prompts * args.group_size - 1}, an image of the rollout")
+        machine.fail(
+            f"--trajectory {args.trajectory} must be from 0 to {args.prompts * args.group_size - 1}, an image of the rollout"
+        )
     bookkeeping.require_writable(args.output.parent)
     return args
 
@@ -119,7 +121,9 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(args.seed)
     prompt = torch.arange(args.prompts).repeat_interleave(G).to(args.device)
     start = torch.randn(args.prompts, *sampler.latent_shape(pipe, args.resolution), generator=generator).to(args.device)[prompt]
-    parts = [estimates.roll_out(world, start[b], 0, prompt[b], generator) for b in torch.arange(len(prompt)).split(args.micro_batch)]
+    parts = [
+        estimates.roll_out(world, start[b], 0, prompt[b], generator) for b in torch.arange(len(prompt)).split(args.micro_batch)
+    ]
     states, velocities, ends = (torch.cat(part) for part in zip(*parts))
     scores = world.reward(ends, prompt)
     first = args.trajectory // G * G
@@ -143,7 +147,15 @@ if __name__ == "__main__":
     plt.rcParams.update({"font.size": 8.5, "axes.titlesize": 8.5, "axes.labelsize": 8.5})
     figure = plt.figure(figsize=(8.3, 7.2))
     grid = figure.add_gridspec(
-        6, S + 1, height_ratios=(1.5, 1.5, 0.8, 1.0, 1.1, 1.25), left=0.17, right=0.995, top=0.93, bottom=0.055, hspace=0.22, wspace=0.08
+        6,
+        S + 1,
+        height_ratios=(1.5, 1.5, 0.8, 1.0, 1.1, 1.25),
+        left=0.17,
+        right=0.995,
+        top=0.93,
+        bottom=0.055,
+        hspace=0.22,
+        wspace=0.08,
     )
     figure.text(0.5825, 0.992, f'"{prompts[prompt[args.trajectory]]}"', ha="center", va="top", fontsize=10)
     for k in range(S + 1):
@@ -169,5 +181,7 @@ if __name__ == "__main__":
     axis.tick_params(length=0)
     with bookkeeping.replacing(args.output) as temporary:
         figure.savefig(temporary, dpi=140, format="png")
-    print(f"values of the states: {', '.join(f'{value:.2f}' for value in V)}; standard errors at most {math.sqrt(variance.max()):.3f}")
+    print(
+        f"values of the states: {', '.join(f'{value:.2f}' for value in V)}; standard errors at most {math.sqrt(variance.max()):.3f}"
+    )
     print(f"written to {args.output}")
