@@ -17,7 +17,6 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import arguments
 import bookkeeping
@@ -25,7 +24,7 @@ import grpo
 import miniature
 import rewards
 import sampler
-from experiments import bench, compare
+from experiments import compare
 from miniature import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +49,7 @@ def run(script, folder, *flags, small=True):
 
 
 def scalars(folder):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [value for _, value in points] for tag, points in bookkeeping.read_scalars(folder).items()}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
