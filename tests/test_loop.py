@@ -257,7 +257,8 @@ def test_what_a_rollout_needs_is_freed(script, tmp_path, monkeypatch):
     others, training = large(), []  # the others are of runs before this one
 
     def spy_noise(*a):
-        held.append([o for o in large() if not any(o is other for other in others)])  # kept, so that none of a later iteration can take its place in memory
+        # kept, so that nothing of a later iteration can take its place in memory
+        held.append([o for o in large() if not any(o is other for other in others)])
         start, noise = rollout_noise(*a)
         noises.append(weakref.ref(noise))
         return start, noise

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -25,7 +24,6 @@ import grpo
 import machine
 import miniature
 import rewards
-import sampler
 from experiments import compare
 from miniature import pretrain
 
