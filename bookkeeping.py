@@ -26,7 +26,7 @@ import miniature
 import rewards
 import sampler
 from families.text import encode_ahead
-from machine import fail, gather, gather_objects, rank_world
+from machine import fail, gather_objects, rank_world
 from miniature import shapes
 
 WORTH_COMPILING = {"cpu": 1.5e13, "cuda": 1e16}  # latents x tokens x parameters that repay the minutes of compiling the blocks
@@ -103,11 +103,17 @@ class Evaluation:
     rewards: np.ndarray | None = None  # (N,) what training maximizes, where the verifier's verdict is not of that
 
     @property
+    def variety(self):
+        """Of the miniature, see shapes.variety; None where it is not defined."""
+        variety = math.nan if self.looks is None else shapes.variety(self.looks, self.prompts, self.scores)
+        return None if math.isnan(variety) else variety
+
+    @property
     def figures(self):
         """{name: value} of what an evaluation is summed up in."""
         figures = dict(score=float(self.scores.mean()))
-        if self.looks is not None:
-            figures["variety"] = shapes.variety(self.looks, self.prompts, self.scores)
+        if self.variety is not None:
+            figures["variety"] = self.variety
         if self.rewards is not None:
             figures["reward"] = float(self.rewards.mean())
         return figures
@@ -277,7 +283,8 @@ class Run:
         values["charts/images_per_second"] = self.args.prompts * self.args.group_size / seconds
         for tag, value in values.items() if self.rank == 0 else ():
             (self.writer.add_histogram if np.ndim(value) else self.writer.add_scalar)(tag, value, done)
-        self.bar.set_postfix({"training reward": f"{values['charts/reward']:.3f}", **self.shown})  # one of those may be `reward`
+        held_out = {f"held-out {name}": value for name, value in self.shown.items()}
+        self.bar.set_postfix({"reward": f"{values['charts/reward']:.3f}"} | held_out)
 
     def picture(self, name, done, images, captions, columns=8, tag=None):
         """Saves a grid of images over their captions as <name>.png and shows it on the TensorBoard page."""
@@ -295,6 +302,7 @@ class Run:
             return
         found = evaluate(self.pipe, self.args, self.args.eval_steps)
         when, name, picture = ("final", f"iteration {done}", "after") if done else ("base", "base model", "before")
+        self.held_out |= {f"{when}_variety": found.variety}  # None takes the place of an earlier evaluation's
         self.held_out |= {f"{when}_{figure}": value for figure, value in found.figures.items()}
         self.held_out |= {f"{when}_categories": category_means(found.scores, found.categories)}
         self.held_out["best_score"] = max(found.scores.mean().item(), self.held_out.get("best_score", 0.0))
@@ -373,9 +381,9 @@ class Run:
         result |= dict(peak_memory_mb=machine.peak_memory_mb(args.device))
         write_json(folder / "result.json", result)
         rows = {name: (base, held_out["final_categories"].get(name)) for name, base in held_out["base_categories"].items()}
-        rows |= {f"all: {name}": (held_out[f"base_{name}"], held_out[f"final_{name}"]) for name in self.shown}
+        rows |= {f"all: {name}": (held_out.get(f"base_{name}"), held_out[f"final_{name}"]) for name in self.shown}
         for name, (base, final) in rows.items():
-            print(f"{name:20} {base:7.3f} -> {math.nan if final is None else final:7.3f}")
+            print(f"{name:20} {math.nan if base is None else base:7.3f} -> {math.nan if final is None else final:7.3f}")
         print(f"{self.seconds / 60:.1f} min of training, peak memory {result['peak_memory_mb']:.0f} MB")
         print(f"Look at it: tensorboard --logdir {folder.parent}, or {folder}/before.png and after.png")
         print(f"Load it in diffusers: {type(self.pipe).__name__}.from_pretrained(...).load_lora_weights('{folder}')")

@@ -162,7 +162,7 @@ def draw_chunks(plan, curve, fraction, weighted, rng):
 
 
 def batch_chunks(chunks, micro_batch):
-    """Lists of whole chunks, at most `micro_batch` steps together: eq. 14 clips a chunk's ratio, so all of its steps must be there."""
+    """Lists of whole chunks, at most `micro_batch` steps together: eq. 14 clips a chunk's ratio, which takes all of its steps."""
     batches, steps = [], micro_batch
     for chunk in sorted(chunks):  # by trajectory, so that rows that share a state share a batch
         steps += chunk.size

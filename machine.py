@@ -18,7 +18,7 @@ def fail(message):
 
 if sys.platform == "win32":
     fail("this code runs on Linux and macOS; on Windows use it inside WSL, the Windows Subsystem for Linux")
-import resource  # only now: Windows has none
+import resource  # noqa: E402  only now, since Windows has none
 
 
 def rank_world():

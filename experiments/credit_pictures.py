@@ -1,14 +1,34 @@
-"""The two pictures of experiments/credit.py, and what its errors allow to say."""
+"""The pictures of experiments/credit.py, and one that holds its predictions against what training measured.
 
+    python -m experiments.credit_pictures --credit runs/credit-pooled --setting long
+
+An arm is a method of the measurement and a method of compare.py's comparison.csv with the same name but for capitals, or a pair
+of ARMS. Predicted is the gain over GRPO by credit.csv, measured the difference of scores from GRPO's, whose own is 0.
+"""
+
+import csv
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
+from scipy import stats
 
+import arguments
 import bookkeeping
+
+SHOWN = (  # rows of the gradient's picture
+    "GRPO, std2", "GRPO, without the last step", "GCPO, one chunk", "GCPO, adaptive", "Stepwise, T' = 1", "Stepwise, std2, T' = 1",
+    "R - R_k, T' = 1", "true advantage",
+)  # fmt: skip
+ARMS = {  # names of the measurement: names of compare.py
+    "Stepwise, T' = 1": "stepwise, cps",
+}
 
 
 def interval(log_images, error):
@@ -16,63 +36,149 @@ def interval(log_images, error):
     return np.exp(np.clip(log_images + 1.96 * error * np.array([-1, 1]), -20, 20)) if math.isfinite(error) else (0.0, math.inf)
 
 
-def images_told(log_images, error, reference=256):
-    """Whether the 95 % interval of equivalent images leaves out the reference, and the images with it as text."""
+def images_told(log_images, error, reference):
+    """Equivalent images with their 95 % interval as text, unless that includes the reference."""
     low, high = interval(log_images, error)
-    if error == 0 or not low <= reference <= high:
-        return True, f"{np.exp(log_images):,.0f} [{low:,.0f}, {high:,.0f}]"
-    return False, "cannot be told"
+    return "inconclusive" if error > 1e-9 and low <= reference <= high else f"{np.exp(log_images):,.0f} [{low:,.0f}, {high:,.0f}]"
+
+
+def save(figure, path):
+    with bookkeeping.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)
 
 
 def draw_trajectory(path, images, value, error, credits):
     """Images (S + 1, 3, H, W) estimated at the states, over value and error (S + 1,), over {name: credit of each step (S,)}."""
     S = len(images) - 1
-    figure = plt.figure(figsize=(1.9 * (S + 1), 6.6))
+    figure = plt.figure(figsize=(min(1.9 * (S + 1), 12), 6.6))
     grid = figure.add_gridspec(
-        3, S + 1, height_ratios=(1.9, 1.5, 1.9), hspace=0.12, wspace=0.06, left=0.08, right=0.99, top=0.99, bottom=0.06
+        3, S + 1, height_ratios=(1.6, 1.6, 2), hspace=0.25, wspace=0.06, left=0.09, right=0.99, top=0.95, bottom=0.14
     )
     for k, image in enumerate(images):
         axis = figure.add_subplot(grid[0, k])
         axis.imshow(image.permute(1, 2, 0).float())
+        axis.set_title(f"$x_{{{k}}}$", fontsize=9)
         axis.axis("off")
-    curve = figure.add_subplot(grid[1, :], xlim=(-0.5, S + 0.5))
+    curve = figure.add_subplot(grid[1, :], xlim=(-0.5, S + 0.5), ylabel="value of the state")
     curve.fill_between(range(S + 1), value - 1.96 * error, value + 1.96 * error, color="black", alpha=0.2, linewidth=0)
     curve.plot(range(S + 1), value, "o-", color="black")
-    curve.set_ylabel("value")
-    bars = figure.add_subplot(grid[2, :], xlim=(-0.5, S + 0.5))
+    curve.set_xticks([])
+    bars = figure.add_subplot(grid[2, :], xlim=(-0.5, S + 0.5), ylabel="credit in its\nstandard deviations")
     width = 0.8 / len(credits)
     for i, (name, credit) in enumerate(credits.items()):
         x = np.arange(S) + 0.5 + (i - (len(credits) - 1) / 2) * width
         bars.bar(x, credit, width * 0.9, label=name, color="black" if i == 0 else f"C{i - 1}")
     bars.axhline(0, color="black", linewidth=0.8)
-    bars.set_ylabel("credit")
-    bars.legend(fontsize=8, frameon=False, ncols=len(credits), loc="upper center", bbox_to_anchor=(0.5, 0.02))
+    bars.set_xticks(np.arange(S) + 0.5, [f"step {k}" if S < 10 else k for k in range(S)])
+    bars.tick_params(length=0)
+    bars.legend(fontsize=9, frameon=False, ncols=len(credits), loc="upper center", bbox_to_anchor=(0.5, -0.12))
     for axis in (curve, bars):
-        axis.set_xticks([])
         axis.vlines(range(S + 1), *axis.get_ylim(), color="black", alpha=0.12, linewidth=0.8, zorder=0)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-    with bookkeeping.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    save(figure, path)
 
 
-def draw_gradient(path, names, gradient):
-    """Images that give GRPO the expected cosine of 256 of each method, at both updates; hollow where the interval spans 256."""
-    figure, axis = plt.subplots(figsize=(9, 0.42 * len(names) + 1))
-    left, right = 8, 65536
-    for u, (colour, (value, error)) in enumerate(zip(("tab:blue", "tab:orange"), gradient)):
-        axis.barh(0, 0, 0, 256, color=colour, label=("first update", "second update")[u])
-        for i, (v, e) in enumerate(zip(value[-1].tolist(), error[-1].tolist())):
-            if math.isfinite(e):
-                y, low_high = i + (u - 0.5) * 0.38, np.clip(interval(v, e), left, right)
-                axis.barh(y, np.exp(v) - 256, 0.34, 256, color=colour if images_told(v, e)[0] else "none", edgecolor=colour)
-                axis.plot(low_high, [y, y], color="black", linewidth=1)
-    axis.axvline(256, color="black", linewidth=1)
-    axis.set(xscale="log", xlim=(left, right), yticks=range(len(names)), yticklabels=names)
-    axis.set_xticks([16, 64, 256, 1024, 4096, 16384], ["16", "64", "256 images", "1,024", "4,096", "16,384"])
+def draw_shares(path, figures, S):
+    """Each step's share of the variation in reward beside its share of the noise in GRPO's gradient."""
+    figure, axis = plt.subplots(figsize=(min(1.5 * S + 2, 10), 4))
+    sides = ("reward", "share", "of the variation in reward"), ("GRPO", "share of noise", "of the noise in GRPO's gradient")
+    for i, (method, quantity, label) in enumerate(sides):
+        share, error = 100 * np.array([figures[method, "steps", str(k), quantity] for k in range(S)]).T
+        axis.bar(np.arange(S) + 0.4 * (i - 0.5), share, 0.38, yerr=1.96 * error, label=label, color=f"C{i}", error_kw=dict(lw=1))
+    axis.set(xlabel="step", ylabel="share of the step (%)", xticks=range(S))
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def draw_gradient(path, figures, methods, batch):
+    """Images of which GRPO's gradient is as good as that of `batch` images of a method, at both updates."""
+    names = [name for name in SHOWN if name in methods]
+    figure, axis = plt.subplots(figsize=(10, 0.5 * len(names) + 1.8))
+    left, right = batch / 32, batch * 256
+    for i, name in enumerate(names):
+        for u, update in enumerate(("first update", "second update")):
+            value, error = figures[name, "", update, "log equivalent images"]
+            if math.isfinite(error):
+                y, ends = i + (u - 0.5) * 0.35, np.clip(interval(value, error), left, right)
+                apart = images_told(value, error, batch) != "inconclusive"
+                axis.plot(ends, [y, y], color=f"C{u}", linewidth=1.5)
+                axis.plot(np.clip(np.exp(value), left, right), y, "o", color=f"C{u}", markerfacecolor=f"C{u}" if apart else "white")
+    for u, update in enumerate(("first update", "second update")):
+        axis.plot([], [], "o-", color=f"C{u}", label=update)
+    axis.plot([], [], "o", color="grey", markerfacecolor="white", label="hollow: the 95 % interval includes GRPO (inconclusive)")
+    axis.axvline(batch, color="black", linewidth=1)
+    axis.set(xscale="log", xlim=(left, right), yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.6))
+    ticks = [batch * 4**i for i in range(-2, 5)]
+    axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axis.set_xlabel(f"images that GRPO needs for the gradient that {batch} images of a method give")
     axis.minorticks_off()
-    axis.legend(frameon=False, loc="lower left")
-    axis.invert_yaxis()
+    axis.legend(
+        frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.35, -0.55 / (0.5 * len(names) + 1) - 0.05), fontsize=9
+    )
     axis.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
-    with bookkeeping.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    save(figure, path)
+
+
+def correlation(predicted, measured):
+    """Pearson's correlation over the arms, and its 95 % interval by the bootstrap of arms."""
+
+    def of(x, y, axis=-1):
+        x, y = (z - z.mean(axis, keepdims=True) for z in (x, y))
+        norm = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+        return (x * y).sum(axis) / np.maximum(norm, 1e-12)  # 0 where a resample is one arm alone
+
+    ends = stats.bootstrap((predicted, measured), of, paired=True, vectorized=True, rng=0).confidence_interval
+    return float(of(predicted, measured)), ends.low, ends.high
+
+
+def draw_predictions(path, arms):
+    """Measured difference in score against predicted gain, {name: (gain, its error, difference, its 95 % half-width)}."""
+    gain, error, difference, half_width = np.array(list(arms.values())).T
+    r, low, high = correlation(gain, difference)
+    figure, axis = plt.subplots(figsize=(8, 6))
+    axis.errorbar(gain, difference, half_width, 1.96 * error, "o", elinewidth=0.8)
+    for name, x, y in zip(arms, gain, difference):
+        axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="predicted gain over GRPO (expected cosine of the gradient)", ylabel="measured difference from GRPO (score)")
+    axis.set_title(f"correlation {r:.2f}, 95 % interval {low:.2f} to {high:.2f}, {len(arms)} arms", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save(figure, path)
+    return r, low, high
+
+
+@dataclass
+class Args:
+    credit: str
+    """folder of a measurement by experiments/credit.py, best a pooled one"""
+    setting: str = "long"
+    """setting of compare.py with the same number of steps"""
+    comparison: str = "experiments/results/comparison.csv"
+    """table by compare.py"""
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        with open(f"{args.credit}/credit.csv", newline="") as file:
+            rows = [r for r in csv.DictReader(file) if (r["at"], r["quantity"]) == ("first update", "predicted gain")]
+        with open(args.comparison, newline="") as file:
+            measured = {r["method"].lower(): r for r in csv.DictReader(file) if r["setting"] == args.setting}
+    except OSError as error:
+        arguments.fail(f"{error.filename} cannot be read: {error.strerror}")
+    arms = {}
+    for row in rows:
+        found = measured.get(ARMS.get(row["method"], row["method"]).lower())
+        if found and (found["difference"] or row["method"] == "GRPO"):  # of GRPO there is none
+            more = [float(found.get(name) or 0) for name in ("difference", "difference_half_width")]
+            arms[row["method"]] = (float(row["value"]), float(row["error"]), *more)
+    if len(arms) < 4:
+        arguments.fail(f"only {len(arms)} methods have a prediction and a measured score in setting {args.setting!r}; it takes 4")
+    r, low, high = draw_predictions(Path(args.credit) / "predictions.png", arms)
+    print(f"correlation of predicted and measured gain over {len(arms)} arms: {r:.2f}, 95 % interval {low:.2f} to {high:.2f}")
+    print(f"Look at {args.credit}/predictions.png")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 import sampler
@@ -96,7 +97,7 @@ def by_chunk(steps, plans, mean=False):
     return torch.einsum("bks,...bs->...bk", member, steps)
 
 
-CREDIT = "share|correlation|correlation - sqrt(share)|uncorrected correlation|slope|wrong signs|wrong above|wrong below".split("|")
+CREDIT = "share|correlation|slope|wrong signs|wrong above|wrong below".split("|")
 
 
 def unbiased_product(x, y):
@@ -105,65 +106,89 @@ def unbiased_product(x, y):
 
 
 def credit_statistics(credit, delta, group_size):
-    """How credit (M, B, K) knows the true delta (M, B, K), both by parts and centred: value, error (8, K + 1) of CREDIT.
+    """How credit (M, B, K) knows the true delta (M, B, K), both by parts and centred: value, error (6, K + 1) of CREDIT.
 
     The last column takes all steps together. With the reward as credit, share is the step's of its variance. slope is that of
-    credit on delta; of unbiased credit it is the same at every step. Uncorrected is what means over the parts give. Wrong signs
-    are of all credit, of what is above and what is below 0: with p counted, arccos(cos(pi p) / sqrt(reliability of delta)) / pi,
-    which is exact for Gaussians; they are not given of credit that is itself estimated by parts.
+    credit on delta; of unbiased credit it is the same at every step. Wrong signs are of all credit, of what is above and what is
+    below 0: with p counted, arccos(cos(pi p) / sqrt(reliability of delta)) / pi, which is exact for Gaussians; they are not given
+    of credit that is itself estimated by parts.
     """
     mean, by_parts = delta.mean(0), (credit[0] != credit[1]).any()
     wrong = (1 - credit[0].sign() * mean.sign()) / 2  # a tie is half wrong
     above, below = (credit[0] > 0).to(mean), (credit[0] < 0).to(mean)
     moments = [unbiased_product(x, y) for x, y in ((credit, delta), (credit, credit), (delta, delta))]
-    moments = [*moments, credit.mean(0) * mean, credit.mean(0) ** 2, mean**2]
-    moments = torch.stack([*moments, above * wrong, above, below * wrong, below], 1).double()  # (B, 10, K)
+    moments = torch.stack([*moments, mean**2, above * wrong, above, below * wrong, below], 1).double()  # (B, 8, K)
     moments = torch.cat([moments, moments.sum(2, keepdim=True)], 2).unflatten(0, (-1, group_size)).mean(1)
 
     def statistic(kept):
-        cross, own, true, raw_cross, raw_own, raw_true, wrong_above, above, wrong_below, below = moments[kept].mean(0)
-        correlation = cross / (own * true).sqrt()
+        cross, own, true, raw_true, wrong_above, above, wrong_below, below = moments[kept].mean(0)
         p = torch.stack([(wrong_above + wrong_below) / (above + below), wrong_above / above, wrong_below / below])
         p = torch.arccos((torch.cos(torch.pi * p) * (raw_true / true).sqrt()).clamp(-1, 1)) / torch.pi
-        rows = [true / own[:-1].mean(), correlation, correlation - (true / own).sqrt(), raw_cross / (raw_own * raw_true).sqrt()]
-        return torch.cat([torch.stack([*rows, cross / true]), torch.nan * p if by_parts else p])
+        rows = torch.stack([true / own[:-1].mean(), cross / (own * true).sqrt(), cross / true])
+        return torch.cat([rows, torch.nan * p if by_parts else p])
 
     return jackknife(statistic, len(moments))
+
+
+def pairwise_covariances(delta, group_size):
+    """Covariances (P, S (S - 1) / 2) within each group of the true advantages of two steps, from centred parts (M, B, S).
+
+    Their expectation is 0 in any model, since E[delta_k | x_k] = 0: it follows that shares add up to 1 and that the reward
+    correlates with a step's advantage as the root of its share.
+    """
+    j, k = torch.triu_indices(delta.shape[-1], delta.shape[-1], 1)
+    return unbiased_product(delta[..., j], delta[..., k]).double().unflatten(0, (-1, group_size)).mean(1)
+
+
+def wald_test(rows):
+    """p that all means of independent rows (n, p) are 0: Wald's statistic by Hotelling's F, nan if p is not less than n."""
+    n, p = rows.shape
+    if p >= n:
+        return math.nan
+    mean = rows.mean(0)
+    wald = n * mean @ torch.linalg.solve(rows.T.cov().view(p, p), mean)
+    return stats.f.sf(wald.item() * (n - p) / (p * (n - 1)), p, n - p)
 
 
 # Gradients
 
 
-def weighted_gradients(layers, log_prob, weights):
-    """weights (W, n) times the gradients of log_prob() (n,) to the weights of Linear layers, (W, D), in one backward pass.
+def weighted_gradients(layers, log_probs, weights, sides=1):
+    """weights (W, Q, n) times the gradients of log_probs() (Q, n) to the weights of Linear layers, summed over both, (W, D).
 
-    A sample's gradient is the sum over its tokens of output gradient ⊗ input, which hooks on the layers see for all samples.
+    A sample's gradient is the sum over its tokens of output gradient ⊗ input, which hooks on the layers see for all samples. They
+    see as many rows for each of `sides` (2 with classifier-free guidance), of which those after n are not used (sampler.velocity).
     """
-    found, n = {}, weights.shape[1]
+    n, grads = weights.shape[2], {}
 
     def watch(layer, inputs, output):
-        def collect(grad):  # of outputs (n, L, O); with guidance there are two rows a sample
-            grad, x = (t.float().view(-1, n, *t.shape[1:]) for t in (grad, inputs[0]))
-            found[layer] = weights @ torch.einsum("gnlo,gnli->noi", grad, x).flatten(1)
+        def collect(grad):  # of outputs (rows, L, O)
+            grad, x = (t.float().view(sides, -1, *t.shape[1:])[:, :n] for t in (grad, inputs[0]))
+            grads[layer] = torch.einsum("gnlo,gnli->noi", grad, x).flatten(1)
 
         output.register_hook(collect)
 
-    hooks = [layer.register_forward_hook(watch) for layer in layers]
-    log_prob().sum().backward()
+    hooks, total = [layer.register_forward_hook(watch) for layer in layers], 0
+    for w, row in zip(weights.unbind(1), log_probs()):
+        row.sum().backward(retain_graph=True)
+        total = total + torch.cat([w @ grads[layer] for layer in layers], 1)
     for hook in hooks:
         hook.remove()
     for layer in layers:
         layer.weight.grad = None
-    return torch.cat([found[layer] for layer in layers], 1)
+    return total
 
 
 class Products(NamedTuple):
-    """Inner products of M methods' gradients, summed over the groups of J blocks that a jackknife leaves out one at a time."""
+    """Inner products of M rows of gradients, summed over the groups of J blocks that a jackknife leaves out one at a time."""
 
     across: torch.Tensor  # (J, M, J, M) of the blocks' summed gradients
     within: torch.Tensor  # (J, M, M) of every group's gradient with its own
     squared: torch.Tensor  # (J, M) squared norm of every group's gradient, without the sampling variance of V
     groups: torch.Tensor  # (J,)
+
+    def of_rows(self, index):
+        return Products(self.across[:, index][..., index], self.within[:, index][..., index], self.squared[:, index], self.groups)
 
 
 def inner_products(gradients, n, blocks=24):
@@ -183,32 +208,46 @@ def inner_products(gradients, n, blocks=24):
     return Products((flat @ flat.T).view(blocks, M, blocks, M).double().cpu(), within.cpu(), squared.cpu(), groups)
 
 
-GRADIENT = "signal|noise|relative noise|cosine of expectation|expected cosine|log equivalent images".split("|")
+GRADIENT = "signal|noise|relative noise|cosine of expectation|expected cosine|predicted gain|log equivalent images".split("|")
 
 
-def gradient_statistics(products, scales, group_size, images=256):
-    """Value and error (6, M) of GRADIENT for M methods, of which the first is GRPO.
+def average(products, kept):
+    """Mean inner product (R, R) of the rows' gradients in two different groups of the blocks kept: that of their expectations."""
+    n = products.groups[kept].sum()
+    return (products.across[kept][:, :, kept].sum((0, 2)) - products.within[kept].sum(0)) / (n * (n - 1))
 
-    products are of 2 M + 1 rows: the methods' gradients, M differences d, and the true policy gradient t, where it is known that
-    a method's expected gradient is scale t + E[d], with M scales. So what is known of an unbiased method (d = 0) need not be
-    found in its noise; with scale 0 and the gradient itself as d nothing is presumed. signal is the squared norm of a group's
-    expected gradient; noise its variance, summed over all directions; relative noise is noise at equal scale, over GRPO's. Both
-    cosines are with t, the expected one that of an average over `images`. The last is the log of the number of images that give
-    GRPO the same expected cosine, infinite if none do.
+
+def gradient_statistics(products, M, group_size, images):
+    """Value and error (7, M) of GRADIENT for M methods, of which the first is GRPO.
+
+    products are of rows: the methods' gradients, M gradients that have the same expectations (the less noise, the better), the true
+    policy gradient, and any others. signal is the squared norm of a group's expected gradient; noise its variance, summed over
+    all directions; relative noise is noise over signal, over GRPO's. Both cosines are with the true gradient, the expected one
+    that of an average over `images`. Over GRPO's it is the predicted gain: AdamW's steps have a size of their own, so progress
+    goes with their direction. The last is the log of the number of images that give GRPO the same expected cosine, infinite if
+    none do; where noise rules it goes with the cosine's square.
     """
-    M = len(scales)
 
     def statistic(kept):
-        n, across = products.groups[kept].sum(), products.across[kept][:, :, kept].sum((0, 2))
-        mean = (across - products.within[kept].sum(0)) / (n * (n - 1))  # (2 M + 1, 2 M + 1) from pairs of different groups
-        true, d_true, d_d = mean[-1, -1], mean[M:-1, -1], mean.diag()[M:-1]
-        along = scales * true + d_true
-        signal = scales**2 * true + 2 * scales * d_true + d_d
-        noise = products.squared[kept].sum(0)[:M] / n - signal
+        mean = average(products, kept)
+        signal, along, true = mean.diag()[M : 2 * M], mean[M : 2 * M, 2 * M], mean[2 * M, 2 * M]
+        noise = products.squared[kept].sum(0)[:M] / products.groups[kept].sum() - signal
         spread = signal + noise * group_size / images  # mean squared norm of an average over `images`
         need = noise[0] / ((along[0] / along) ** 2 * spread - signal[0])  # groups
         equivalent = torch.where(along / along[0] > 0, torch.where(need > 0, need, torch.inf) * group_size, 0.0)
-        relative, cosine, expected = noise / scales**2 / (noise[0] / scales[0] ** 2), along / signal.sqrt(), along / spread.sqrt()
-        return torch.stack([signal, noise, relative, cosine / true.sqrt(), expected / true.sqrt(), equivalent.log()])
+        relative = torch.where(signal > 0, noise / signal, torch.nan)
+        cosine, expected = along / signal.sqrt(), along / spread.sqrt()
+        rows = [signal, noise, relative / relative[0], cosine / true.sqrt(), expected / true.sqrt(), expected / expected[0]]
+        return torch.stack([*rows, equivalent.log()])
+
+    return jackknife(statistic, len(products.groups))
+
+
+def noise_shares(products, whole, parts):
+    """Share (S,) of the row `whole`'s noise that each of the rows `parts`, whose sum it is, makes, and its error."""
+
+    def statistic(kept):
+        covariance = products.within[kept].sum(0) / products.groups[kept].sum() - average(products, kept)
+        return covariance[parts, whole] / covariance[parts, whole].sum()
 
     return jackknife(statistic, len(products.groups))
