@@ -3,8 +3,9 @@
     python -m experiments.trajectory                              # docs/trajectory.png, the miniature without LoRA
     python -m experiments.trajectory --lora runs/grpo__... --output runs/trajectory.png
 
-The image is one of an iteration's rollout, --trajectory of it; another one looks different. The truth is delta_k = V(x_{k+1}) - V(x_k),
-where the value V(x_k) is the mean reward of --continuations fresh ends that are drawn from the state x_k (estimates.py).
+The image is one of an iteration's rollout, --trajectory of it, chosen since a single step decides it; in others several steps do.
+The truth is delta_k = V(x_{k+1}) - V(x_k), where the value V(x_k) is the mean reward of --continuations fresh ends that are drawn
+from the state x_k (estimates.py).
 """
 
 import math

@@ -138,7 +138,7 @@ FIGURES = {
     "parameters of the miniature": r"\b([\d.]+) M parameters",
     "parameters of the models": r"(2\.2 and 2\.0 B)",
     "captions' base score": r"(?:base model (?:has|had)|from) (0\.4\d+)\b",
-    "score of the first command": r"held-out score [\d.]+ ?-> ?([\d.]+)|iteration \d+: held-out score ([\d.]+)|all: score +[\d.]+ -> +([\d.]+)",
+    "score of the first command": r"iteration \d+: held-out score ([\d.]+)|all: score +[\d.]+ -> +([\d.]+)",
     "variety of the first command": r"iteration \d+: held-out score [\d.]+, variety ([\d.]+)|all: variety +[\d.]+ -> +([\d.]+)",
     "base score, printed": r"base model: held-out score ([\d.]+)|all: score +([\d.]+) ->",
     "base variety, printed": r"base model: held-out score [\d.]+, variety ([\d.]+)|all: variety +([\d.]+) ->",

@@ -248,40 +248,6 @@ def test_compiled_and_eager_agree(tmp_path):
     assert a["losses/grad_norm_0"][0] == pytest.approx(b["losses/grad_norm_0"][0], rel=1e-3)
 
 
-@pytest.mark.parametrize("script", ["grpo", "gcpo"])
-def test_the_bench_compares_with_the_calls_that_an_iteration_makes(script, tmp_path, monkeypatch):
-    """One for each state: those that a group shares count for every image."""
-    calls, states = {True: 0, False: 0}, {True: 0, False: 0}
-    velocity, sde_step = sampler.velocity, sampler.sde_step
-
-    def count(pipe, x, *rest):
-        calls[torch.is_grad_enabled()] += len(x)
-        return velocity(pipe, x, *rest)
-
-    def count_states(v, *rest):
-        states[v.requires_grad] += len(v)
-        return sde_step(v, *rest)
-
-    monkeypatch.setattr(sampler, "velocity", count)
-    monkeypatch.setattr(sampler, "sde_step", count_states)
-    flags = "--iterations 1 --micro-batch 6 --eval-images 6 --eval-steps 1 --reward jpeg-compressibility".split()
-    run(script, tmp_path / script, *flags, *(["--chunk-size", "1"] if script == "gcpo" else []))
-    parsed = arguments.parse_args(bench.SCRIPTS[script].Args, None, [*SMALL, *flags])
-    calls.update({True: 0, False: 0})
-    for function in bench.bare_calls(parsed, families.load_pipeline(parsed)):
-        function()
-    assert calls[True] == states[True] == 8 * 4 and calls[False] == 8 * 5 == states[False] // 2 + 8  # its last step is no SDE's
-
-
-def test_bench_prints_its_ratios():
-    flags = "--iterations 1 --prompts 2 --group-size 2 --micro-batch 4 --no-compile".split()
-    done = subprocess.run([sys.executable, "-m", "experiments.bench", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for line in ("(a) grpo", "(a) gcpo", "(c) gcpo", "(c) stepwise_grpo"):
-        value = re.search(rf"^{re.escape(line)}.* ([0-9.]+) \[", done.stdout, re.MULTILINE)
-        assert float(value[1]) > 0
-
-
 def test_the_pipeline_that_ships_draws_in_stock_diffusers():
     pipe = StableDiffusion3Pipeline.from_pretrained(miniature.FOLDER)
     assert pipe("two red circles", num_inference_steps=8).images[0].size == (64, 64)
