@@ -187,6 +187,17 @@ def hollow(model):
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
 
 
+def training_peak(pipe, embeds, pooled, shape, n, args):
+    """The most bytes that a training step with n latents holds beside the weights: activations, gradients, what is in between."""
+    text = Text(*(torch.empty(t.shape) for t in (embeds, pooled, embeds, pooled)))
+    args.micro_batch = n
+    with Peak() as peak:
+        rows = text.rows(torch.zeros(n, dtype=torch.long))
+        sampler.velocity(pipe, torch.empty(n, *shape), torch.empty(n), rows, args).sum().backward()
+    pipe.transformer.zero_grad(set_to_none=True)
+    return peak.most
+
+
 def memory(family, small):
     """GiB of all that training with the family's preset holds, part by part and together at its three fullest moments."""
     preset = families.of_model(family).PRESET | (dict(resolution=64, text_length=8) if small else {})
@@ -215,16 +226,10 @@ def memory(family, small):
         with Peak() as peak:
             sampler.decode(pipe, torch.empty(1, *shape))
         parts["decoding one image"] = peak.most / GIB
-        text = Text(*(torch.empty(t.shape) for t in (embeds, pooled, embeds, pooled)))
         for checkpointing in (True, False):
             (transformer.enable_gradient_checkpointing if checkpointing else transformer.disable_gradient_checkpointing)()
-            for args.micro_batch in MICRO_BATCHES:
-                n = args.micro_batch
-                with Peak() as peak:
-                    rows = text.rows(torch.zeros(n, dtype=torch.long))
-                    sampler.velocity(pipe, torch.empty(n, *shape), torch.empty(n), rows, args).sum().backward()
-                transformer.zero_grad(set_to_none=True)
-                step[checkpointing, n] = peak.most / GIB
+            for n in MICRO_BATCHES:
+                step[checkpointing, n] = training_peak(pipe, embeds, pooled, shape, n, args) / GIB
     weights, lora, decoder, trajectories, encoders, decoding = parts.values()
     always = weights + lora + decoder
     together = {"together while prompts are encoded": always + encoders}
