@@ -11,12 +11,14 @@ same turn: medians, with the range in brackets. It prints
     seconds of an iteration: its parts, over GRPO's, over the bare calls of the transformer that it makes, the share of the
     peak that the model's FLOPs have in it (model FLOPs utilisation; recomputed activations do not count)
     grpo.py beside one and two busy loops, and shared by two processes, over grpo.py alone (on a CPU)
-    seconds before the first iteration and after the last, from an empty compiler cache and from a full one
+    seconds that are no iteration's: starting, compiling from an empty cache and from a full one, two small evaluations
     the log-probability kernel: eager over compiled time, and its bandwidth over that of a plain copy
 
 Flags that are not its own go to the scripts. Eager is --no-compile; compiled is compiled however few the iterations are.
 """
 
+import contextlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -86,7 +88,7 @@ def logged(folder):
 
 
 def measured_run(script, flags, iterations, compiled, checkout=ROOT, processes=1, busy=0):
-    """Runs a script of a checkout: its `logged` laps, and the seconds that are no iteration's as `other`."""
+    """Runs a script of a checkout: its `logged` laps, and the seconds that are no iteration's, as `other`."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads() // processes)} if processes > 1 else {}
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
@@ -138,7 +140,8 @@ def counted(script, flags, iterations):
 
     with tempfile.TemporaryDirectory() as folder, register_module_forward_pre_hook(count):
         sys.argv = [*command(script, flags, False), *LITTLE_ELSE, "--iterations", str(iterations), "--output-dir", folder]
-        state = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        with contextlib.redirect_stdout(io.StringIO()):
+            state = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
         n, pipe, args = len(calls), state["pipe"], state["args"]
         bookkeeping.evaluate(pipe, args, args.eval_steps)
         evaluation = len(calls) - n
@@ -270,7 +273,7 @@ if __name__ == "__main__":
         seconds = np.concatenate([turn["iteration"] for turn in found])
         show(f"{name}, {kind}: seconds of an iteration", seconds)
         for part in found[0] if name in SCRIPTS else ():
-            if part != "iteration":
+            if part not in ("iteration", "other"):
                 show(f"    {part}", np.concatenate([turn[part] for turn in found]))
         if name != "grpo":
             show("    over grpo", over(found, results["grpo", kind]))
@@ -280,10 +283,11 @@ if __name__ == "__main__":
             alone = [{"iteration": turn / (args.iterations + 1)} for turn in results[f"{name}, bare calls", kind]]
             show("    over its bare calls of the transformer", over(found, alone))
             show(f"    model FLOPs utilisation, of {which}", flops[name] / seconds / peak)
+    other = {key: np.concatenate([turn["other"] for turn in results[key]]) for key in results if key[0] in SCRIPTS}
+    show("seconds of a run that are no iteration's, eager", other["grpo", "eager"], 0)
     if "compiled" in kinds and not args.against:
-        first, *later = (turn["other"] for turn in results["grpo", "compiled"])
-        show("seconds of a compiled run that are no iteration's: empty cache", first, 0)
-        show("    full cache", np.concatenate([*later, *(turn["other"] for turn in results["gcpo", "compiled"])]), 0)
+        show("    compiled, from an empty cache", other["grpo", "compiled"][:1], 0)
+        show("    from a full one", np.concatenate([other["grpo", "compiled"][1:], other["gcpo", "compiled"]]), 0)
         functions = kernel_functions(parsed.device)
         in_turns(functions, 1)  # compiles
         kernel = {name: np.array(seconds) for name, seconds in in_turns(functions, 20, machine.now).items()}

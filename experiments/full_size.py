@@ -54,7 +54,7 @@ RUNS = {  # part: family, script, whether compiled, flags
     "klein-gcpo": ("klein", "gcpo", False, "--iterations 1 --chunk-size 1"),
 }
 FAMILIES = ("sd3", "klein", "flux")  # of which the memory is added up
-MICRO_BATCHES = (1, 2, 4, 8)
+MICRO_BATCHES = (2, 4, 8)
 RANK = 32
 GIB = 2**30
 
@@ -254,16 +254,18 @@ if __name__ == "__main__":
         machine.fail(f"--parts {' '.join(sorted(unknown))} is not among {', '.join(RUNS)}, memory")
     workspace = ROOT / "runs" / f"full_size{'-small' * args.small}"
     file = workspace / "full_size.json" if args.small else ROOT / "experiments" / "results" / "full_size.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    read = lambda: json.loads(file.read_text()) if file.exists() else {}
+    results = read()
     todo = [part for part in (*RUNS, "memory") if part in args.parts and part not in results]
     if "sd3-resume" in todo and "sd3-grpo" not in todo and not (workspace / "sd3-grpo" / families.LORA_FILE).exists():
         machine.fail("sd3-resume is compared with the run of sd3-grpo, whose folder is not here; delete sd3-grpo from the results")
     workspace.mkdir(parents=True, exist_ok=True)
     for part in todo:
         if part == "memory":
-            results[part] = {family: memory(family, args.small) for family in FAMILIES}
+            found = {family: memory(family, args.small) for family in FAMILIES}
         else:
-            results[part] = do_run(part, workspace, args.small)
+            found = do_run(part, workspace, args.small)
+        results = read() | {part: found}  # another part may have been written meanwhile
         bookkeeping.write_json(file, results)
     for part in (part for part in args.parts if part != "memory"):
         print(part, json.dumps(results[part]))

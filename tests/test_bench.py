@@ -1,6 +1,7 @@
 """The instruments of speed and memory: rows and FLOPs are those that run, ratios and bytes those of the things compared."""
 
 import gc
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -60,6 +61,18 @@ def test_an_iteration_twice_as_slow_is_over_by_two(tmp_path):
     )
     assert list(fast["sample"]) == [0.25] * 3 and list(fast["train"]) == [0.5] * 3 and list(slow["iteration"]) == [1.5] * 3
     assert bench.over([slow, slow], [fast, slow]) == [2, 1]
+
+
+def test_the_command_compares_with_another_checkout(tmp_path):
+    flags = f"--against {checkout(tmp_path / 'other', 0.5)} --iterations 1 --turns 1 --no-compile".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench", *flags, *FLAGS], cwd=bench.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    printed = {line[:72].strip(): float(line[72:].split()[0]) for line in done.stdout.splitlines() if "[" in line}
+    assert printed["grpo of the other checkout, eager: seconds of an iteration"] == 1.5
+    ours = printed["grpo, eager: seconds of an iteration"]
+    assert printed["over grpo"] == pytest.approx(1.5 / ours, abs=0.01 + 0.01 / ours**2)
 
 
 def test_turns_go_forwards_and_backwards_and_the_clock_tells_each_function():
