@@ -54,6 +54,10 @@ SMALL = {  # changes of those of the transformer, to try on a small model what i
         num_layers=3, num_attention_heads=2, attention_head_dim=16, caption_projection_dim=32, joint_attention_dim=128,
         pooled_projection_dim=64, dual_attention_layers=(0,),
     ),
+    "flux": dict(
+        num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32, pooled_projection_dim=16,
+    ),
     "klein": dict(
         num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 4, 4, 4),
         joint_attention_dim=48,

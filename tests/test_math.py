@@ -114,7 +114,7 @@ def test_an_unknown_sde_is_named():
         sampler.sde_step(*[torch.ones(1, 1)] * 2, *[torch.ones(1) * 0.5] * 2, 0.9, 0.5, "euler")
 
 
-def roll_out(sde, T, eta=0.7, n=20_000, s=SD):
+def roll_out(sde, T, eta=0.7, n=40_000, s=SD):
     sigmas = sigmas_of(T)
     x, generator = randn(n, 1), torch.Generator().manual_seed(7)
     for k in range(T):
@@ -128,7 +128,7 @@ def roll_out(sde, T, eta=0.7, n=20_000, s=SD):
 def test_sde_marginals_approach_the_odes_as_steps_shrink(sde):
     errors = []
     for T in (20, 160):
-        *_, (_, x) = roll_out(sde, T)
+        *_, (_, x) = roll_out(sde, T, n=20_000)
         errors.append(abs(x.mean().item() - M) + abs(x.std().item() - SD))
     assert errors[1] < 0.012 and errors[1] < errors[0] / 3  # statistical error of 20,000 samples: about 0.006
 
@@ -297,7 +297,7 @@ def test_adaptive_chunks_partition_any_curve_whatever_its_scale():
         assert gcpo.adaptive_chunks(1000 * curve, max_chunk) == sizes
 
 
-def draws(plan, curve, fraction, weighted, repeats=8000):
+def draws(plan, curve, fraction, weighted, repeats=4000):
     """Chunks that a trajectory's draws hold, one list for each of many independent draws."""
     rng = np.random.default_rng(0)
     return [gcpo.draw_chunks(plan, curve, fraction, weighted, rng) for _ in range(repeats)]
@@ -309,11 +309,11 @@ def test_weighted_chunks_are_drawn_as_often_as_eq_17_says():
     chunks = [(0, 2), (2, 1), (3, 2)]
     one, two = draws(plan, curve, 0.3, True), draws(plan, curve, 0.5, True)
     assert {len(drawn) for drawn in one} == {1} and {len(set(drawn)) for drawn in two} == {2}
-    np.testing.assert_allclose([np.mean([c in drawn for drawn in one]) for c in chunks], p, atol=0.015)
+    np.testing.assert_allclose([np.mean([c in drawn for drawn in one]) for c in chunks], p, atol=0.025)
     second = [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(3) if j != i) for i in range(3)]
-    np.testing.assert_allclose([np.mean([c in drawn for drawn in two]) for c in chunks], second, atol=0.015)
+    np.testing.assert_allclose([np.mean([c in drawn for drawn in two]) for c in chunks], second, atol=0.025)
     uniform = draws(plan, curve, 0.5, False)
-    np.testing.assert_allclose([np.mean([c in drawn for drawn in uniform]) for c in chunks], 2 / 3, atol=0.015)
+    np.testing.assert_allclose([np.mean([c in drawn for drawn in uniform]) for c in chunks], 2 / 3, atol=0.025)
 
 
 def test_a_fraction_of_the_chunks_is_drawn_rounded_up_and_all_of_them_by_one():
