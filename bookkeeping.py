@@ -283,7 +283,8 @@ class Run:
         values["charts/images_per_second"] = self.args.prompts * self.args.group_size / seconds
         for tag, value in values.items() if self.rank == 0 else ():
             (self.writer.add_histogram if np.ndim(value) else self.writer.add_scalar)(tag, value, done)
-        self.bar.set_postfix(reward=f"{values['charts/reward']:.3f}", **self.shown)
+        held_out = {f"held-out {name}": value for name, value in self.shown.items()}
+        self.bar.set_postfix({"reward": f"{values['charts/reward']:.3f}"} | held_out)
 
     def picture(self, name, done, images, captions, columns=8, tag=None):
         """Saves a grid of images over their captions as <name>.png and shows it on the TensorBoard page."""
@@ -301,6 +302,7 @@ class Run:
             return
         found = evaluate(self.pipe, self.args, self.args.eval_steps)
         when, name, picture = ("final", f"iteration {done}", "after") if done else ("base", "base model", "before")
+        self.held_out |= {f"{when}_variety": found.variety}  # None takes the place of an earlier evaluation's
         self.held_out |= {f"{when}_{figure}": value for figure, value in found.figures.items()}
         self.held_out |= {f"{when}_categories": category_means(found.scores, found.categories)}
         self.held_out["best_score"] = max(found.scores.mean().item(), self.held_out.get("best_score", 0.0))

@@ -186,7 +186,7 @@ if __name__ == "__main__":
         error = shapes.variety_error(evaluation.looks, prompts, scores)
         result |= dict(variety=evaluation.variety, variety_error=known(error))
         print(f"{'variety':20} {evaluation.variety:7.3f}")
-        unknown = "its standard error is not known, which takes three images of each caption"
+        unknown = "its standard error is not known: variety takes two right images of a caption, the error three images of each"
         print(unknown if math.isnan(error) else f"standard error {error:.3f} over noises")
     if args.variety:
         result["clip_distances"] = clip_distances(pipe, args, evaluation)

@@ -5,6 +5,7 @@ where there is one, is the strict version of it that evaluation reports. `--rewa
 sum, ocr=0.8,pickscore=0.2. Networks are loaded once, when a run that needs them starts, and onto the GPU if there is one.
 """
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from judges import clip, geneval, geneval_benchmark, hpsv3, imagereward, ocr, to_uint8, unifiedreward
-from miniature import is_miniature, shapes
+from miniature import FOLDER, is_miniature, preference, shapes
 
 PACKAGES = {"rapidocr": "rapidocr onnxruntime", "rapidfuzz": "rapidfuzz"}  # beyond requirements.txt: module -> pip's names
 
@@ -36,6 +37,12 @@ def shapes_verdict(images, prompts):
 def shapes_check(prompt):
     if prompt not in shapes.SPECS:
         raise ValueError(f'prompt "{prompt}" is not a caption of the shapes world; miniature/shapes.py lists them')
+
+
+def preference_reward(path):
+    """The Reward of a judge that miniature/preference.py made: its score, beside the exact verdict that it never saw."""
+    load = functools.partial(preference.load, path)
+    return Reward(lambda images, prompts: load()(images, prompts), "shapes", shapes_verdict, shapes_check, load)
 
 
 # File size (DDPO, https://arxiv.org/abs/2305.13301)
@@ -95,6 +102,8 @@ class Reward:
 
 REWARDS = {
     "shapes": Reward(shapes_score, "shapes", shapes_verdict, shapes_check),
+    # A file miniature/preference-mine.safetensors is the reward preference-mine.
+    **{path.stem: preference_reward(path) for path in sorted(FOLDER.parent.glob("preference*.safetensors"))},
     "jpeg-compressibility": Reward(jpeg_compressibility, "animals"),
     "jpeg-incompressibility": Reward(jpeg_incompressibility, "animals"),
     "clip": Reward(clip.score, "activities", load=lambda: clip.load("clip")),

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from grade import write
-from train import FUNCTIONS, fail, reward_curve
+from grade import fail, write
+from train import FUNCTIONS, reward_curve
 
 HERE = Path(__file__).resolve().parent
 

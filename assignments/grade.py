@@ -38,6 +38,16 @@ def fail(message):
     sys.exit(2)
 
 
+def refuse_module_names(paths):
+    """Ends the program if a submission has the name of a module: Python would import it wherever that module is wanted."""
+    for path in paths:
+        ours = {file.stem for file in [*ROOT.glob("*.py"), *HERE.rglob("*.py")] if file != path.resolve()} - {"student"}
+        ours |= {package.parent.name for package in ROOT.glob("*/__init__.py")}
+        for owner, names in (("Python", sys.stdlib_module_names), ("this project", ours)):
+            if path.stem in names:
+                fail(f"{path.name} has the name of a module of {owner}, which it would replace: rename the file")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", nargs="?", type=Path, default=HERE / "student.py", help="a file, or a folder of them")
@@ -53,9 +63,15 @@ def parse_args():
         fail(f"there is no {args.submission}")
     if args.submission.is_dir() and not list(args.submission.glob("*.py")):
         fail(f"{args.submission} holds no .py file to grade")
+    refuse_module_names(submissions_of(args))
     if args.limit <= 0:
         fail(f"--limit {args.limit:g} must be a positive number of seconds")
     return args
+
+
+def submissions_of(args):
+    """The files to grade."""
+    return sorted(args.submission.glob("*.py")) if args.submission.is_dir() else [args.submission.resolve()]
 
 
 def copy_project(folder):
@@ -194,9 +210,8 @@ def main():
     for target in (Path("grade.json"), *([args.csv] if args.csv else ())):
         if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
             fail(f"{target} cannot be written")
-    submissions = sorted(args.submission.glob("*.py")) if args.submission.is_dir() else [args.submission.resolve()]
     parts, results = sorted(set(args.only or PARTS)), []
-    for submission in submissions:
+    for submission in submissions_of(args):
         results.append(grade(submission, parts, args.limit, args.train))
         write(Path("grade.json"), json.dumps(results, indent=2) + "\n")
         if args.csv:

@@ -88,8 +88,8 @@ def relative_distance(trajectory, distance="l1"):
     raise NotImplementedError("part 4: write relative_distance, how far each step moves the latents")
 
 
-def adaptive_chunks(curve, min_chunk=4):
-    """List of chunk sizes, none above min_chunk, that follow a distance curve, a numpy array (S,). The rule is on the sheet."""
+def adaptive_chunks(curve, max_chunk=4):
+    """List of chunk sizes, none above max_chunk, that follow a distance curve, a numpy array (S,). The rule is on the sheet."""
     raise NotImplementedError("part 4: write adaptive_chunks, which cuts a curve where it turns")
 
 
@@ -140,13 +140,16 @@ def sign_agreement(advantages, true_advantages):
     raise NotImplementedError("part 6: write sign_agreement, how often a method's advantage points the right way")
 
 
-# Pen and paper: a formula in the variables that the sheet names, in Python's notation, such as "sqrt(a**2 + 1) / 2". Of the bugs:
-# the faulty line (for a missing line: the one that should be there), and the letter of the symptom.
+# Pen and paper, and what a question asks for: a formula in the variables that the sheet names, in Python's notation, such as
+# "sqrt(a**2 + 1) / 2". Of the bugs: the faulty line (for a missing line: the one that should be there), and the symptom's letter.
 ANSWERS = {
     "expected_log_prob": "",  # part 1
     "own_mean_factor": "",  # part 2
+    "variety_with_favourite": "",
     "log_ratio_mean": "",  # part 3
     "log_ratio_std": "",
+    "mean_ratio": "",
+    "clip_at_other_size": "",
     "bug_1_line": "",
     "bug_1_symptom": "",
     "bug_2_line": "",
@@ -155,6 +158,7 @@ ANSWERS = {
     "bug_3_symptom": "",
     "step_weight": "",  # part 4
     "product_weight_over_grpo": "",
+    "std2_weight": "",
     "mean_gain": "",  # part 5
     "ddim_std_over_cps": "",
     "uniform_gradient_mean": "",  # part 6

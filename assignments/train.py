@@ -20,7 +20,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path.insert(0, str(HERE))
+from grade import fail, refuse_module_names  # noqa: E402, its folder has to be on the path before
+
+sys.path.insert(0, str(ROOT))
 
 # What each part puts into its script: functions of earlier parts, and its own
 FUNCTIONS = {
@@ -32,12 +35,6 @@ FUNCTIONS = {
     ),
     5: (["posterior_mean", "sde_step", "log_prob", "clipped_loss"], ["gains", "gain_advantages"]),
 }
-
-
-def fail(message):
-    """Bad input: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def parse_args():
@@ -52,6 +49,7 @@ def parse_args():
     args.output_dir = args.output_dir or Path(f"runs/part_{args.part}__{time.strftime('%Y%m%d-%H%M%S')}")
     if not args.functions.is_file():
         fail(f"there is no {args.functions}")
+    refuse_module_names([args.functions])
     return args
 
 
@@ -81,9 +79,18 @@ def put(functions, script, sampler):
         posterior_mean, own = places.pop("posterior_mean"), script.estimate_x0
 
         def estimate_x0(pipe, x, v, k, sigmas, text, substeps, args):
-            return posterior_mean(v, x, sigmas[k]) if substeps == 1 else own(pipe, x, v, k, sigmas, text, substeps, args)
+            if substeps > 1:
+                return own(pipe, x, v, k, sigmas, text, substeps, args)
+            return posterior_mean(v, x, sigmas[k].expand(len(x)))
 
         places["estimate_x0"] = estimate_x0
+    if "sde_step" in places:
+        step = places["sde_step"]
+
+        def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):  # a script gives one sigma for all rows, or one for each
+            return step(v, x, sigma.expand(len(x)), sigma_next.expand(len(x)), sigma_max, eta, sde)
+
+        places["sde_step"] = sde_step
     for name, function in places.items():
         holder = sampler if name == "sde_step" else script
         getattr(holder, name)
@@ -103,11 +110,9 @@ def run_script(name, functions, flags):
 
 def reward_curve(folder):
     """The mean training reward of every iteration of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a slow import, after all checks
+    import bookkeeping  # a slow import, after all checks
 
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return [event.value for event in events.Scalars("charts/reward")]
+    return [reward for _, reward in bookkeeping.read_scalars(folder)["charts/reward"]]
 
 
 def draw(curve, reference, path):

@@ -1,53 +1,60 @@
-"""How near the scripts are to the bare model, as ratios measured in one run: medians, with the range in brackets.
+"""Seconds per iteration of the three scripts, eager and compiled, and how near they are to what the machine can do.
 
-    python -m experiments.bench              # miniature model, about ten minutes on two CPU cores
-    python -m experiments.bench --ode-steps 1 --against ../before --against-flags ""     # and over another checkout's, in turns
-    python -m experiments.bench --model sd3 --random-weights --iterations 3      # full size without a download, on a GPU
+    python -m experiments.bench                         # miniature model, about a quarter of an hour on two CPU cores
+    python -m experiments.bench --against ../before     # only grpo.py, in turns with the grpo.py of another checkout
+    python -m experiments.bench --model sd3 --random-weights --iterations 3 --turns 1     # full size without a download, on a GPU
 
-(a) an iteration over the transformer's forward and backward calls alone, eager and as many as without shared states, and over
-    the same calls compiled; where the rest goes, and how many latents went through the transformer
-(b) the log-probability kernel, compiled over eager, forward and backward, and its bandwidth over that of a plain copy
-(c) an iteration of GCPO and of Stepwise-Flow-GRPO over one of GRPO
-(d) an iteration in one process over one shared by two (on a CPU with two cores or more)
-(e) seconds from the start of a script to its first iteration: eager, compiled with an empty cache, with a full one
-(f) an iteration beside one and two busy loops over an undisturbed one (on a CPU)
-(g) on a GPU, model FLOPs utilisation of a GRPO iteration
+A machine's speed wanders from minute to minute, so everything is measured in turns and compared with GRPO's iteration of the
+same turn: medians, with the range in brackets. It prints
 
-Flags that are not its own go to the scripts.
+    what a script calls the transformer with: rows without and with gradients, counted in a run, and their FLOPs
+    seconds of an iteration: its parts, over GRPO's, over the bare calls of the transformer that it makes, the share of the
+    peak that the model's FLOPs have in it (model FLOPs utilisation; recomputed activations do not count)
+    grpo.py beside one and two busy loops, and shared by two processes, over grpo.py alone (on a CPU)
+    seconds before the first iteration and after the last, from an empty compiler cache and from a full one
+    the log-probability kernel: eager over compiled time, and its bandwidth over that of a plain copy
+
+Flags that are not its own go to the scripts. Eager is --no-compile; compiled is compiled however few the iterations are.
 """
 
-import contextlib
-import io
-import json
 import multiprocessing
 import os
 import runpy
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import arguments
 import bookkeeping
+import families
 import gcpo
 import grpo
+import machine
 import sampler
 import stepwise_grpo
-from experiments import random_weights
+from experiments.random_weights import FULL, random_model
 
 SCRIPTS = {"grpo": grpo, "gcpo": gcpo, "stepwise_grpo": stepwise_grpo}
 ROOT = Path(__file__).parent.parent
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, by the makers
+LITTLE_ELSE = "--eval-images 6 --eval-steps 2 --eval-every 1000 --save-every 1000".split()
+# Runs the script that the next word names, its blocks compiled even in a run too short to repay it
+COMPILED = """import runpy, sys, bookkeeping
+bookkeeping.WORTH_COMPILING = dict.fromkeys(bookkeeping.WORTH_COMPILING, 0)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 @dataclass
@@ -57,150 +64,45 @@ class Args:
     random_weights: bool = False
     """a transformer and VAE of the size of --model, sd3 (3.5 medium), flux or klein, with random weights and random text"""
     iterations: int = 4
-    """measured iterations of each script; one more warms up"""
+    """measured iterations of a run; one more warms up"""
+    turns: int = 3
+    """runs of every script"""
     against: str = ""
-    """folder of another checkout, whose grpo.py is run in turns with this one's"""
+    """folder of another checkout, whose grpo.py is compared with the one here"""
     against_flags: str | None = None
-    """flags for that grpo.py, if it does not know those for the scripts here"""
+    """flags for that grpo.py, if it does not know those for the script here"""
 
 
-def random_model(family, folder):
-    """Saves an untrained pipeline of the family's full size, with small text encoders, which are run once a prompt."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = random_weights.transformer(family).bfloat16()
-    random_weights.pipeline(family, transformer, random_weights.vae(family)).save_pretrained(folder)
-
-
-def medians(functions, repeats):
-    """Seconds of each function, {name: [repeats values]}, measured in turns so that a slow moment hits all alike."""
-    seconds = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            began = bookkeeping.now()
-            function()
-            if repeat:  # the first warms up
-                seconds[name].append(bookkeeping.now() - began)
-    return seconds
-
-
-def show(name, values, digits=2, unit=""):
-    median, low, high = (f"{x:.{digits}f}{unit}" for x in (statistics.median(values), min(values), max(values)))
-    print(f"{name:76} {median} [{low} to {high}]", flush=True)
-
-
-def command_line(script, args, folder, iterations, flags=None):
-    little_else = "--eval-images 6 --eval-steps 2 --eval-every 1000 --save-every 1000".split()
-    flags = args.flags if flags is None else flags.split()
-    run = ["--model", args.model, "--iterations", str(iterations), *little_else, *flags, "--output-dir", str(folder)]
-    return [f"{script}.py", *run]
+def command(script, flags, compiled):
+    """The words that run a script eager, or compiled whatever its length."""
+    return [*(["-c", COMPILED, f"{script}.py"] if compiled else [f"{script}.py", "--no-compile"]), *flags]
 
 
 def logged(folder):
-    """{tag: values of every iteration but the first, which warms up}."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: np.array([e.value for e in events.Scalars(tag)][1:]) for tag in events.Tags()["scalars"]}
+    """{name: seconds of every iteration but the first, which warms up} of a run's laps, and of the whole `iteration`."""
+    scalars = bookkeeping.read_scalars(folder)
+    seconds = {tag: np.array([value for _, value in scalars[tag][1:]]) for tag in scalars if tag.startswith("time/")}
+    return {tag.removeprefix("time/"): values for tag, values in seconds.items()} | {"iteration": sum(seconds.values())}
 
 
-def run(command, **options):
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, **options)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def script_args(script, args):
-    """The script's own arguments, as its run has them."""
-    parsed = arguments.parse_args(SCRIPTS[script].Args, None, command_line(script, args, "nowhere", 1)[1:])
-    arguments.resolve_device(parsed)
-    return parsed
-
-
-def bare_calls(parsed, pipe):
-    """(sampling, training): functions that make an iteration's transformer calls and nothing else, for every state one row."""
-    B, S = parsed.prompts * parsed.group_size, parsed.steps - parsed.ode_steps
-    text = sampler.encode(pipe, ["two red circles"], parsed)
-    sizes = lambda n: [len(rows) for rows in sampler.even_batches(torch.arange(n), parsed.micro_batch)]
-    shape = sampler.latent_shape(pipe, parsed.resolution)
-    x = torch.randn(parsed.micro_batch, *shape, device=parsed.device)
-    sigma = torch.full((parsed.micro_batch,), 0.7, device=parsed.device)
-    rows = torch.zeros(parsed.micro_batch, dtype=torch.long, device=parsed.device)
-
-    def call(n):
-        return sampler.velocity(pipe, x[:n], sigma[:n], text.rows(rows[:n]), parsed)
-
-    @torch.no_grad()
-    def sampling():
-        for n in sizes(B):
-            for _ in range(parsed.steps):
-                call(n)
-
-    def training():
-        for _ in range(parsed.updates):
-            for n in sizes(B // parsed.updates * S):
-                v = call(n)
-                if parsed.beta > 0:
-                    with torch.no_grad(), sampler.adapter_off(pipe):
-                        call(n)
-                v.sum().backward()
-        for p in pipe.transformer.parameters():
-            p.grad = None
-
-    return sampling, training
-
-
-@contextlib.contextmanager
-def eager(pipe):
-    """Compiled blocks run as they are written, and without gradients where none are wanted."""
-    compiled = getattr(pipe.transformer, "blocks_are_compiled", False)
-    pipe.transformer.blocks_are_compiled = False
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    pipe.transformer.blocks_are_compiled = compiled
-
-
-def measured_run(script, args, folder, compiled, bare=True):
-    """Runs a script in this process, which should be a fresh one: (seconds to the first iteration, bare calls, latents).
-
-    Bare calls (kinds, N, 2) are seconds for sampling and training, eager and, where the blocks are compiled, compiled too.
-    They are measured on the script's own pipeline between its iterations: those of a row are the mean of right before and
-    right after one of the N iterations that follow the first, so that a slow moment hits both alike. Latents (N, 2) went
-    through the transformer in sampling and in training.
-    """
-    began, seconds, latents, velocity = bookkeeping.now(), [], [], sampler.velocity
-    # Whether the blocks are compiled is what is compared here, not decided by the number of iterations
-    bookkeeping.WORTH_COMPILING = dict.fromkeys(bookkeeping.WORTH_COMPILING, 0 if compiled else float("inf"))
-    parsed, pipes, count = script_args(script, args), [], [0, 0]
-
-    def load_pipeline(_, load=sampler.load_pipeline):
-        pipes.append(load(parsed))
-        return pipes[0]
-
-    def counting(pipe, x, *rest):
-        count[torch.is_grad_enabled()] += len(x)
-        return velocity(pipe, x, *rest)
-
-    class Bar(tqdm):
-        def __iter__(self):
-            to_first = bookkeeping.now() - began
-            functions = bare_calls(parsed, pipes[0])
-            for iteration in super().__iter__():
-                count[:] = 0, 0
-                yield iteration
-                latents.append(tuple(count))
-                stamps = []
-                for kind in range(1 + compiled if bare else 0):
-                    with contextlib.nullcontext() if kind else eager(pipes[0]):
-                        stamps.append(np.diff([bookkeeping.now()] + [function() or bookkeeping.now() for function in functions]))
-                seconds.append(stamps)
-            seconds.append(to_first)
-
-    bookkeeping.tqdm, sampler.load_pipeline, sampler.velocity = Bar, load_pipeline, counting
-    sys.argv = command_line(script, args, folder, args.iterations + 1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        runpy.run_path(SCRIPTS[script].__file__, run_name="__main__")
-    *seconds, to_first = seconds
-    stamps = np.array(seconds)
-    return to_first, (stamps[:-1] + stamps[1:]).swapaxes(0, 1) / 2, np.array(latents[1:])
+def measured_run(script, flags, iterations, compiled, checkout=ROOT, processes=1, busy=0):
+    """Runs a script of a checkout: its `logged` laps, and the seconds that are no iteration's as `other`."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads() // processes)} if processes > 1 else {}
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = [*command(script, flags, compiled), *LITTLE_ELSE, "--iterations", str(iterations + 1), "--output-dir", folder]
+            began = time.monotonic()
+            options = dict(cwd=checkout, env=os.environ | threads, stdout=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, *torchrun, *run], **options)
+            if done.returncode:
+                sys.exit(done.returncode)
+            laps, whole = logged(folder), time.monotonic() - began
+    finally:
+        for loop in loops:
+            loop.kill()
+    return laps | {"other": np.array([whole - np.median(laps["iteration"]) * (iterations + 1)])}
 
 
 def in_fresh_process(function, *arguments):
@@ -208,111 +110,183 @@ def in_fresh_process(function, *arguments):
         return fresh.submit(function, *arguments).result()
 
 
+def bare_call(pipe, args):
+    """A function (n, trained) that makes one call of the transformer with n rows, and the backward pass of one in training."""
+    text, alone = sampler.encode(pipe, [""], args), partial(replace, args, guidance=1.0)
+
+    def call(n, trained):
+        x = torch.randn(n, *sampler.latent_shape(pipe, args.resolution), device=args.device)
+        rows = text.rows(torch.zeros(n, dtype=torch.long, device=args.device))
+        with torch.set_grad_enabled(trained):
+            v = sampler.velocity(pipe, x, x.new_full((n,), 0.7), rows, alone(micro_batch=n))
+        if trained:
+            v.sum().backward()
+
+    return call
+
+
+def counted(script, flags, iterations):
+    """Runs a script eager: ([(rows, whether with gradients)] of all its calls of the transformer, {with: FLOPs of a row}).
+
+    The calls are those of the iterations; the evaluations before and after them are left out.
+    """
+    calls = []
+
+    def count(module, inputs):
+        if type(module).__name__.endswith("Transformer2DModel"):
+            calls.append((len(inputs[0]), torch.is_grad_enabled()))
+
+    with tempfile.TemporaryDirectory() as folder, register_module_forward_pre_hook(count):
+        sys.argv = [*command(script, flags, False), *LITTLE_ELSE, "--iterations", str(iterations), "--output-dir", folder]
+        state = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        n, pipe, args = len(calls), state["pipe"], state["args"]
+        bookkeeping.evaluate(pipe, args, args.eval_steps)
+        evaluation = len(calls) - n
+    pipe.transformer.disable_gradient_checkpointing()
+    flops = {}
+    for trained in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            bare_call(pipe, args)(2, trained)
+        flops[trained] = counter.get_total_flops() / 2
+    return calls[evaluation : n - evaluation], flops
+
+
+def script_args(script, flags):
+    """The script's own arguments, as its run has them."""
+    args = arguments.parse_args(SCRIPTS[script].Args, None, flags)
+    machine.resolve_device(args)
+    return args
+
+
+def bare_seconds(script, flags, calls, compiled):
+    """Seconds of the transformer's calls alone, forward and backward, after one of each kind has warmed up."""
+    threads, args = machine.openmp_threads(), script_args(script, flags)
+    pipe = families.load_pipeline(args)
+    if compiled:
+        families.compile_blocks(pipe.transformer)
+    call = bare_call(pipe, args)
+    with machine.bound(threads if args.device == "cpu" else []):
+        for kind in dict.fromkeys(calls):
+            call(*kind)
+        began = machine.now()
+        for kind in calls:
+            call(*kind)
+        return machine.now() - began
+
+
+def in_turns(functions, turns, clock=None):
+    """{name: what the function returned, or by the clock how long it took, in each turn}; every other turn goes backwards."""
+    results = {name: [] for name in functions}
+    for turn in range(turns):
+        for name, function in list(functions.items())[:: -1 if turn % 2 else 1]:
+            began = clock and clock()
+            result = function()
+            results[name].append(clock() - began if clock else result)
+    return results
+
+
 def kernel_functions(device):
     """The fused log-probability forward and backward at the full model's latents, compiled and eager, and a copy."""
     generator = torch.Generator().manual_seed(0)
     v, x, x_next = (torch.randn(32, 16, 64, 64, generator=generator).to(device) for _ in range(3))
     v.requires_grad_()
-    sigmas = torch.full((32,), 0.7, device=device), torch.full((32,), 0.6, device=device)
-    arguments = (v, x, x_next, *sigmas, 0.9, 0.7, "flow")
+    numbers = torch.full((32,), 0.7, device=device), torch.full((32,), 0.6, device=device), torch.ones(32, device=device)
 
     def step(stance):
         with torch.compiler.set_stance(stance):
-            grpo.transition_log_prob(*arguments).sum().backward()
+            grpo.transition_log_prob(v, x, x_next, *numbers, 0.9, 0.7, "flow").sum().backward()
         v.grad = None
 
     return {"compiled": lambda: step("default"), "eager": lambda: step("force_eager"), "copy": lambda: x.clone()}
 
 
+def peak_flops(args):
+    """FLOPs per second that the maker of the GPU promises, or else those of a large matrix product here; and which."""
+    name = torch.cuda.get_device_name() if args.device != "cpu" else ""
+    for gpu, peak in PEAK_FLOPS.items():
+        if gpu in name and args.dtype == "bfloat16":
+            return peak, f"the {gpu}'s peak"
+    a = torch.randn(2048, 2048, device=args.device, dtype=getattr(torch, args.dtype))
+    return 2 * 2048**3 / min(in_turns({"product": lambda: a @ a}, 10, machine.now)["product"]), "a large product's rate"
+
+
+def over(runs, others, name="iteration"):
+    """Of every turn the median of one over that of the other."""
+    return [np.median(a[name]) / np.median(b[name]) for a, b in zip(runs, others)]
+
+
+def show(name, values, digits=2):
+    median, low, high = (f"{f(values):.{digits}f}" for f in (np.median, np.min, np.max))
+    print(f"{name:72} {median} [{low} to {high}]", flush=True)
+
+
 if __name__ == "__main__":
-    args, args.flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
-    if args.iterations < 1:
-        arguments.fail("--iterations must be at least 1")
+    args, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
+    if min(args.iterations, args.turns) < 1:
+        machine.fail("--iterations and --turns must be at least 1")
     if args.against and not (Path(args.against) / "grpo.py").exists():
-        arguments.fail(f"--against {args.against} is not a checkout: it has no grpo.py")
-    if args.random_weights and args.model not in random_weights.FULL:
-        arguments.fail(f"--random-weights needs a --model of {', '.join(random_weights.FULL)}")
+        machine.fail(f"--against {args.against} is not a checkout: it has no grpo.py")
+    if args.random_weights and args.model not in FULL:
+        machine.fail(f"--random-weights needs a --model of {', '.join(FULL)}")
     workspace = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{workspace.name}/cache"  # empty: the first compiled run starts cold
     if args.random_weights:
         args.model, family = f"{workspace.name}/{args.model}", args.model
         random_model(family, args.model)
-    parsed = script_args("grpo", args)
+    flags = [*flags, "--model", args.model]
+    parsed = script_args("grpo", flags)
     print(f"{parsed.device}, {parsed.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{workspace.name}/cache"  # empty: the first compiled run starts cold
-    images, at_all = parsed.prompts * parsed.group_size, bookkeeping.has_compiler(parsed.device) and parsed.compile
-    S = parsed.steps - parsed.ode_steps
+    kinds = ("eager", "compiled")[: 1 + (parsed.compile and machine.has_compiler(parsed.device))]
 
-    runs, iteration, start = {}, {}, {}
-    for script, compiled in [(script, compiled) for compiled in (False, True)[: 1 + at_all] for script in SCRIPTS]:
-        folder = Path(workspace.name) / f"{script}-{compiled}"
-        how, both = "compiled" if compiled else "eager", script != "stepwise_grpo"  # which calls the transformer more often
-        start[script, compiled], bare, latents = in_fresh_process(measured_run, script, args, folder, compiled, both)
-        runs[script, compiled] = logged(folder)
-        peak = json.loads((folder / "result.json").read_text())["peak_memory_mb"]
-        iteration[script, compiled] = images / runs[script, compiled]["charts/images_per_second"]
-        show(f"{script}, {how}, peak memory {peak:.0f} MB: seconds an iteration", iteration[script, compiled])
-        trained = runs[script, compiled]["charts/groups_with_spread"]
-        for kind, calls in zip(("eager", "compiled"), bare):
-            parts = {"sample": calls[:, 0], "train": calls[:, 1] * trained}
-            limit = sum(parts.values())
-            show(f"(a) {script}, {how}: iteration / bare {kind} calls", iteration[script, compiled] / limit)
-            for name in ("sample", "decode", "reward", "train") if kind == "eager" else ():
-                note = f", of it bare calls {statistics.median(parts[name] / limit):.2f}" if name in parts else ""
-                show(f"      {name}{note}", runs[script, compiled][f"time/{name}"] / limit)
-        if both:
-            sampled, train = np.median(latents, axis=0)
-            full = images * S * np.median(trained) * getattr(parsed, "step_fraction", 1.0)
-            print(f"      latents through the transformer: {sampled:.0f} of {images * parsed.steps}, in training", end=" ")
-            print(f"{train:.0f} of {full:.0f}")
-    if at_all:
-        functions = kernel_functions(parsed.device)
-        seconds = medians(functions, 20)
-        ratio = lambda a, b: [x / y for x, y in zip(seconds[a], seconds[b])]
-        show("(b) log-probability kernel: eager / compiled time", ratio("eager", "compiled"))
-        # Forward reads v, x and x_next; backward reads them again and writes v's gradient: 7 tensors. A copy reads one, writes one.
-        show("      its bandwidth / a copy's", [7 / 2 * r for r in ratio("copy", "compiled")])
-    for script, compiled in iteration:
-        if script != "grpo":
-            how = "compiled" if compiled else "eager"
-            show(f"(c) {script} / grpo, {how}", iteration[script, compiled] / statistics.median(iteration["grpo", compiled]))
-    if parsed.device == "cpu" and (os.cpu_count() or 1) > 1:
-        folder, environment = Path(workspace.name) / "two", {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads() // 2)}
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        run([*torchrun, *command_line("grpo", args, folder, args.iterations + 1)], cwd=ROOT, env=environment)
-        two = images / logged(folder)["charts/images_per_second"]
-        show("(d) grpo, eager: one process / two processes", [statistics.median(iteration["grpo", False]) / t for t in two])
-    if at_all:
-        kinds = {"eager": ("grpo", False), "cold": ("grpo", True), "warm": ("gcpo", True)}  # the second to compile found a cache
-        print("(e) seconds to the first iteration:", ", ".join(f"{name} {start[key]:.0f}" for name, key in kinds.items()))
-    for n in (1, 2) if parsed.device == "cpu" else ():
-        folder = Path(workspace.name) / f"busy-{n}"
-        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
-        try:
-            in_fresh_process(measured_run, "grpo", args, folder, at_all, False)
-        finally:
-            for loop in loops:
-                loop.kill()
-        slow = images / logged(folder)["charts/images_per_second"]
-        show(f"(f) grpo beside {n} busy loops / undisturbed", slow / statistics.median(iteration["grpo", at_all]))
-    before, now = [], []
-    for turn in range(3 if args.against else 0):
-        folders = [Path(workspace.name) / f"{name}-{turn}" for name in ("before", "now")]
-        run(command_line("grpo", args, folders[0], args.iterations + 1, args.against_flags), cwd=args.against)
-        in_fresh_process(measured_run, "grpo", args, folders[1], at_all, False)
-        for values, folder in zip((before, now), folders):
-            values += list(images / logged(folder)["charts/images_per_second"])
+    run = lambda script, kind, **how: partial(measured_run, script, flags, args.iterations, kind == "compiled", **how)
+    contestants, calls, flops = {}, {}, defaultdict(float)
     if args.against:
-        show("      grpo of the other checkout: seconds an iteration", before)
-        show("      grpo / grpo of the other checkout", [t / statistics.median(before) for t in now])
-    if parsed.device != "cpu":
-        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-        pipe = sampler.load_pipeline(parsed)  # only now, so that a script has the GPU to itself
-        x = torch.zeros(1, *sampler.latent_shape(pipe, parsed.resolution), device=parsed.device)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            sampler.velocity(pipe, x, x.new_full((1,), 0.7), sampler.encode(pipe, ["two red circles"], parsed), parsed)
-        # A trained step costs its forward, a backward for activations alone (the weights are frozen), and the KL's forward.
-        share = runs["grpo", at_all]["charts/groups_with_spread"].mean()
-        calls = parsed.steps + (2 + (parsed.beta > 0)) * S * share
-        work = counter.get_total_flops() * images * calls
-        if peak:
-            show("(g) model FLOPs utilisation of a GRPO iteration", [work / t / peak for t in iteration["grpo", at_all]])
+        theirs = flags if args.against_flags is None else [*args.against_flags.split(), "--model", args.model]
+        for kind in kinds:
+            other = partial(measured_run, "grpo", theirs, args.iterations, kind == "compiled", checkout=args.against)
+            contestants |= {("grpo", kind): run("grpo", kind), ("grpo of the other checkout", kind): other}
+    else:
+        for script in SCRIPTS:
+            calls[script], of_row = in_fresh_process(counted, script, flags, args.iterations + 1)
+            rows = {trained: sum(n for n, kind in calls[script] if kind == trained) for trained in of_row}
+            flops[script] = sum(rows[trained] * of_row[trained] for trained in of_row) / (args.iterations + 1)
+            per = {trained: f"{n / (args.iterations + 1):.0f}" for trained, n in rows.items()}
+            print(f"{script}: rows per iteration {per[False]} without and {per[True]} with gradients, {flops[script]:.3g} FLOPs")
+            for kind in kinds:
+                contestants[script, kind] = run(script, kind)
+                bare = (bare_seconds, script, flags, calls[script], kind == "compiled")
+                contestants[f"{script}, bare calls", kind] = partial(in_fresh_process, *bare)
+        if parsed.device == "cpu":
+            for n in (1, 2):
+                contestants[f"grpo beside {n} busy loop{'s' * (n > 1)}", kinds[-1]] = run("grpo", kinds[-1], busy=n)
+            if parsed.prompts % 2 == 0 and torch.get_num_threads() > 1:
+                contestants["grpo, two processes", kinds[-1]] = run("grpo", kinds[-1], processes=2)
+    results = in_turns(contestants, args.turns)
+
+    peak, which = peak_flops(parsed)
+    for (name, kind), found in results.items():
+        if name.endswith("bare calls"):
+            continue
+        seconds = np.concatenate([turn["iteration"] for turn in found])
+        show(f"{name}, {kind}: seconds of an iteration", seconds)
+        for part in found[0] if name in SCRIPTS else ():
+            if part != "iteration":
+                show(f"    {part}", np.concatenate([turn[part] for turn in found]))
+        if name != "grpo":
+            show("    over grpo", over(found, results["grpo", kind]))
+        elif kind != "eager":
+            show("    over grpo, eager", over(found, results["grpo", "eager"]))
+        if name in calls:
+            alone = [{"iteration": turn / (args.iterations + 1)} for turn in results[f"{name}, bare calls", kind]]
+            show("    over its bare calls of the transformer", over(found, alone))
+            show(f"    model FLOPs utilisation, of {which}", flops[name] / seconds / peak)
+    if "compiled" in kinds and not args.against:
+        first, *later = (turn["other"] for turn in results["grpo", "compiled"])
+        show("seconds of a compiled run that are no iteration's: empty cache", first, 0)
+        show("    full cache", np.concatenate([*later, *(turn["other"] for turn in results["gcpo", "compiled"])]), 0)
+        functions = kernel_functions(parsed.device)
+        in_turns(functions, 1)  # compiles
+        kernel = {name: np.array(seconds) for name, seconds in in_turns(functions, 20, machine.now).items()}
+        show("log-probability kernel: eager / compiled time", kernel["eager"] / kernel["compiled"])
+        # Forward reads v, x and x_next; backward reads them again and writes v's gradient: 7 tensors. A copy reads one, writes one.
+        show("    its bandwidth / a copy's", 7 / 2 * kernel["copy"] / kernel["compiled"])

@@ -110,6 +110,14 @@ SETTINGS = {
         "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
         "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
+    "tuning-variety": Setting("150 iterations, what keeps variety", (100,), "", {
+        f"gcpo {flags}": f"gcpo {flags}" for flags in (
+            "--beta 0.01",
+            "--sde flow --eta 0.7 --ode-steps 1",
+            "--sde flow --eta 0.7 --ode-steps 1 --beta 0.003 --dtype float32",
+            "--sde flow --eta 0.7 --ode-steps 1 --beta 0.01 --dtype float32",
+        )
+    }),
     "tuning": Setting("tuning at the scripts' defaults", (100,), "--iterations 60", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
         for script in ("grpo", "gcpo", "stepwise_grpo")
@@ -159,7 +167,7 @@ SETTINGS = {
 # Planned before the runs: {setting: [(method, against, what is claimed)]}. A setting that is not here tests each method, and every
 # setting someone's own, against its first.
 CONTRASTS = {
-    "tuning": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [],
+    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [],
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
         ("gcpo", "grpo", "differs"),

@@ -49,6 +49,35 @@ FULL = {  # configs of the transformer and of the VAE
         {},
     ),
 }  # fmt: skip
+SMALL = {  # changes of those of the transformer, to try on a small model what is meant for a large one
+    "sd3": dict(
+        num_layers=3, num_attention_heads=2, attention_head_dim=16, caption_projection_dim=32, joint_attention_dim=128,
+        pooled_projection_dim=64, dual_attention_layers=(0,),
+    ),
+    "flux": dict(
+        num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=32, pooled_projection_dim=16,
+    ),
+    "klein": dict(
+        num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 4, 4, 4),
+        joint_attention_dim=48,
+    ),
+}  # fmt: skip
+SMALL_VAE = dict(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4)
+CLIP_L = (CLIPTextModelWithProjection, CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768,
+))  # fmt: skip
+CLIP_BIGG = (CLIPTextModelWithProjection, CLIPTextConfig(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
+))  # fmt: skip
+T5_XXL = (T5EncoderModel, T5Config(
+    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
+))  # fmt: skip
+QWEN3_4B = (Qwen3ForCausalLM, Qwen3Config(
+    vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+))  # fmt: skip
+TEXT_ENCODERS = {"sd3": (CLIP_L, CLIP_BIGG, T5_XXL), "flux": (CLIP_L, T5_XXL), "klein": (QWEN3_4B,)}  # the real ones' configs
 
 
 def transformer(family, **changes):
@@ -63,6 +92,12 @@ def transformer(family, **changes):
 def vae(family, **changes):
     """An untrained autoencoder of the family's full size, but for `changes` of its config."""
     return (AutoencoderKLFlux2 if family == "klein" else AutoencoderKL)(**FULL[family][1] | changes)
+
+
+def text_encoders(family):
+    """The family's text encoders in their full size; on the meta device, for their size alone."""
+    with torch.device("meta"):
+        return [kind(config) for kind, config in TEXT_ENCODERS[family]]
 
 
 def clip(kind, width, projection):
@@ -113,3 +148,15 @@ def pipeline(family, transformer, vae):
         return FluxPipeline(scheduler=scheduler, **parts)
     parts["text_encoder"], parts["tokenizer"] = qwen3(config.joint_attention_dim // 3)
     return Flux2KleinPipeline(scheduler=scheduler, **parts)
+
+
+def random_model(family, folder, small=False):
+    """Saves an untrained bfloat16 pipeline of the family's full size, or a small one, with thin text encoders."""
+    transformer_changes, vae_changes = (SMALL[family], SMALL_VAE) if small else ({}, {})
+    torch.set_default_dtype(torch.bfloat16)  # never whole in float32, for which a CPU's memory may lack the room
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = transformer(family, **transformer_changes).bfloat16()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pipeline(family, model, vae(family, **vae_changes)).save_pretrained(folder)

@@ -2,12 +2,15 @@
 and a hostile submission harms nothing but its own points."""
 
 import ast
+import io
 import json
 import math
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +46,31 @@ def test_the_course_has_a_hundred_points():
     assert sum(test.points for part in range(1, 7) for test in run_part.tests_of(part)) == 100
 
 
+def numbers(text):
+    """Numbers of a list's points, in order."""
+    return re.findall(r"(?m)^(\d+)\. ", text)
+
+
+def test_the_teacher_has_an_answer_to_every_question():
+    notes = re.split(r"(?m)^## ", (COURSE / "teachers.md").read_text())[1:]
+    sheets = sorted(COURSE.glob("[1-6]_*.md"))
+    assert len(notes) == len(sheets) == 6
+    for sheet, answers in zip(sheets, notes):
+        title, questions = sheet.read_text().split("**Questions.**")
+        assert answers.startswith(title.splitlines()[0].removeprefix("# "))
+        assert numbers(answers.split("\n", 1)[1]) == numbers(questions) != []
+
+
+def test_what_is_handed_out_has_no_teachers_notes():
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("the archive that is handed out is made from a git repository, which this is not")
+    archive = subprocess.run(
+        ["git", "archive", "--worktree-attributes", "HEAD", "assignments"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    names = {Path(name).name for name in tarfile.open(fileobj=io.BytesIO(archive)).getnames()}
+    assert "student.py" in names and "teachers.md" not in names
+
+
 def grade(folder, *arguments):
     """Output of the grader, run in a folder, and its grade.json."""
     command = [sys.executable, COURSE / "grade.py", *map(str, arguments)]
@@ -59,6 +87,48 @@ def test_the_file_as_handed_out_gets_no_points_and_is_told_what_to_write(tmp_pat
         assert f"write {function.name}," in printed
     said = [test["message"] for part in result["parts"].values() for test in part["tests"]]
     assert all(message.startswith(("part ", "answer ANSWERS")) for message in said)
+
+
+def simulated_ratio(KL, D):
+    """Mean of exp(mean log ratio) over x drawn from the old step, whose mean moves by another number of stds in each dimension."""
+    moved = checks.randn(D)
+    moved *= math.sqrt(2 * KL) / moved.norm()
+    x, normal = checks.randn(400_000, D, seed=1), torch.distributions.Normal(0, 1)
+    return (normal.log_prob(x - moved) - normal.log_prob(x)).mean(1).exp().mean().item()
+
+
+def simulated_clip(eps, D, D_new):
+    """The clip that stops at D_new dimensions the share of ratios that eps stops at D, where each moves by d = 0.01 stds."""
+    log_ratio = lambda D, seed: (0.01 * checks.randn(40_000, D, seed=seed) - 0.01**2 / 2).mean(1).abs()
+    stopped = (log_ratio(D, 1) > eps).double().mean()
+    return log_ratio(D_new, 2).quantile(1 - stopped).item()
+
+
+def simulated_variety(p, M):
+    """Share of pairs of looks that differ, over 1 - 1/M; a look is 0 with probability p, else any of the M."""
+    rng = np.random.default_rng(0)
+    first, second = np.where(rng.random((2, 400_000)) < p, 0, rng.integers(0, int(M), (2, 400_000)))
+    return (first != second).mean() / (1 - 1 / M)
+
+
+def gradient_quotient(std):
+    """Gradient of -(x_next - mean)², averaged over dimensions, over that of the course's log_prob."""
+    x, mean, std = checks.randn(1, 6), checks.randn(1, 6, seed=1), torch.full((1, 1), std, dtype=torch.float64)
+    squares = checks.gradient(lambda mean: -((x - mean) ** 2).mean(1), mean)
+    return (squares / checks.gradient(lambda mean: r.log_prob(x, mean, std), mean)).mean().item()
+
+
+@pytest.mark.parametrize(
+    "name, simulate, variables, tolerance",
+    [
+        ("mean_ratio", simulated_ratio, dict(KL=2.0, D=8), 0.002),  # seven errors of the mean; exp(-KL/D) is 0.03 away
+        ("clip_at_other_size", simulated_clip, dict(eps=1e-3, D=64, D_new=256), 3e-5),
+        ("variety_with_favourite", simulated_variety, dict(p=0.6, M=6), 0.006),
+        ("std2_weight", gradient_quotient, dict(std=0.3), 1e-12),
+    ],
+)
+def test_an_answer_agrees_with_a_simulation(name, simulate, variables, tolerance):
+    assert abs(checks.evaluate(r.ANSWERS[name], variables) - simulate(**variables)) < tolerance
 
 
 def test_an_assertion_of_the_submission_counts_as_wrong():
@@ -172,9 +242,9 @@ def distance(of):
 def adaptive(shift=0, halve=lambda size: [size // 2], recurse=True):
     """adaptive_chunks with parts of it changed."""
 
-    def adaptive_chunks(curve, min_chunk=4):
+    def adaptive_chunks(curve, max_chunk=4):
         def split(segment, order):
-            if len(segment) <= min_chunk:
+            if len(segment) <= max_chunk:
                 return [len(segment)]
             signs = np.sign(np.diff(segment, order if recurse is not None else 1))
             turns = [k + 1 + shift for k in range(len(signs) - 1) if signs[k] != signs[k + 1]]
@@ -268,6 +338,11 @@ WRONG = [
     (2, dict(policy_gradient_loss=lambda log_p, A: (-A * log_p).mean()), "give one loss for each"),
     (2, dict(policy_gradient_loss=lambda log_p, A: -log_p + 0 * A), "the advantage is missing"),
     (2, dict(own_mean_factor="G / (G - 1)"), "the inverse"),
+    (2, dict(variety_with_favourite="1 - p"), "variety compares two images"),
+    (2, dict(variety_with_favourite="(1 - p**2) * (1 - 1/M)"), "divide by that of equally likely looks"),
+    (2, dict(variety_with_favourite="p**2"), "variety is what is left"),
+    (2, dict(variety_with_favourite="(1 - p**2 - (1-p)**2 / (M-1)) / (1 - 1/M)"), "it is one of all M"),
+    (2, dict(variety_with_favourite="2*p*(1-p)"), "two looks only"),
     (3, dict(ratio=lambda new, old: (old - new).exp()), "old over new"),
     (3, dict(ratio=lambda new, old: new - old), "exp is missing"),
     (3, dict(ratio=lambda new, old: new / old), "quotient of the log-probabilities"),
@@ -283,6 +358,17 @@ WRONG = [
     (3, dict(stopped_fraction=stopped("above")), "one sample of advantage 0 in two is counted"),
     (3, dict(stopped_fraction=lambda *args: r.stopped_fraction(*(a[args[1] != 0] for a in args[:2]), args[2])), "one of all"),
     (3, dict(log_ratio_std="d"), "varies less"),
+    (3, dict(mean_ratio="exp(-KL/D)"), "exp of the mean log ratio"),
+    (3, dict(mean_ratio="1"), "the ratio of the sum over dimensions"),
+    (3, dict(mean_ratio="-KL/D"), "the mean of the log ratio, not of the ratio"),
+    (3, dict(mean_ratio="exp(-KL/D + 2*KL/D**2)"), "E[exp] takes half of it"),
+    (3, dict(mean_ratio="exp(-KL + KL/D)"), "the sum over dimensions in the mean"),
+    (3, dict(mean_ratio="exp(-KL/D - KL/D**2)"), "half the variance with the wrong sign"),
+    (3, dict(mean_ratio="exp(KL/D + KL/D**2)"), "samples of the new policy"),
+    (3, dict(clip_at_other_size="eps"), "the same clip"),
+    (3, dict(clip_at_other_size="eps*D_new/D"), "upside down, without the root"),
+    (3, dict(clip_at_other_size="eps*sqrt(D_new/D)"), "upside down: the mean of more"),
+    (3, dict(clip_at_other_size="eps*D/D_new"), "for the same KL of the whole step"),
     (3, dict(bug_1_line="loss.backward()"), "bug 1 is not in this line"),
     (3, dict(bug_1_line=bugs.BUGS[1].line), "the line as it should be"),
     (3, dict(bug_2_symptom="b"), "its symptom is not 'b'"),
@@ -295,12 +381,16 @@ WRONG = [
     (4, dict(relative_distance=distance(lambda x, y, norm: norm(y - x))), "not divided by the norm"),
     (4, dict(relative_distance=distance(lambda x, y, norm: (norm(x) - norm(y)).abs() / norm(x))), "difference of the norms"),
     (4, dict(adaptive_chunks=adaptive(shift=1)), "one step late"),
-    (4, dict(adaptive_chunks=adaptive(recurse=False)), "longer than min_chunk"),
+    (4, dict(adaptive_chunks=adaptive(recurse=False)), "longer than max_chunk"),
     (4, dict(adaptive_chunks=adaptive(halve=lambda size: [1])), "not two halves"),
     (4, dict(adaptive_chunks=adaptive(halve=lambda size: [(size + 1) // 2])), "of which the first has 7 // 2 steps"),
     (4, dict(step_weight="1/S"), "GRPO's weight"),
     (4, dict(step_weight="c/K"), "multiplied by c"),
     (4, dict(product_weight_over_grpo="S/(K*c)"), "the geometric mean's"),
+    (4, dict(std2_weight="std**2"), "the density's factor 1/2 is forgotten"),
+    (4, dict(std2_weight="1/(2*std**2)"), "the Gaussian's gradient over this one"),
+    (4, dict(std2_weight="2*std"), "std in place of the variance"),
+    (4, dict(std2_weight="2"), "the factor without the variance"),
     (5, dict(gains=lambda rewards: -r.gains(rewards)), "a step that raises the reward gains"),
     (5, dict(gains=lambda rewards: r.gains(rewards).roll(1, 1)), "shifted by one step"),
     (5, dict(gains=lambda rewards: rewards[:, 1:] - rewards[:, :1]), "the gain since the start"),
@@ -380,6 +470,17 @@ def test_a_folder_of_submissions_becomes_a_table(tmp_path):
     printed, _ = grade(tmp_path, folder, "--only", 5, "--csv", "grades.csv")
     assert "bob.py cannot be imported: SyntaxError in line 1, `this is no Python`" in printed
     assert (tmp_path / "grades.csv").read_text().split() == ["submission,part", "5,points,of", "ada.py,4,4,15", "bob.py,0,0,15"]
+
+
+@pytest.mark.parametrize("name, owner", [("copy", "Python"), ("sampler", "this project"), ("miniature", "this project")])
+@pytest.mark.parametrize("command", [["grade.py"], ["train.py", "2", "--functions"]])
+def test_a_submission_named_like_a_module_is_refused(command, name, owner, tmp_path):
+    (tmp_path / f"{name}.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, COURSE / command[0], *command[1:], f"{name}.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "grade.json").exists()
+    assert f"error: {name}.py has the name of a module of {owner}" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["nowhere.py"], ["--only", "7"], ["--limit", "0"], ["--csv", "no/where.csv"]])

@@ -21,7 +21,10 @@ from experiments import compare, curves
 ARGS = {"grpo": grpo.Args, "gcpo": gcpo.Args, "stepwise_grpo": stepwise_grpo.Args, "evaluate": evaluate.Args}
 PAGES = {script: (ROOT / "docs" / f"{script}.md").read_text() for script in SCRIPTS}
 COMMAND = r"(?m)(?:^    |`)((?:python|torchrun|tensorboard) [^`\n#]*)"
-pytestmark = pytest.mark.parametrize("script", SCRIPTS)
+# With another reward than the verifier, whose metrics are all of the verifier's and one more; enough images for a variety
+FLAGS = "--iterations 1 --beta 0.1 --reward jpeg-compressibility --eval-images 144 --eval-steps 4"
+EVERYWHERE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "miniature/README.md"]
+each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def table(page, title):
@@ -40,8 +43,9 @@ def commands(page):
     return [shlex.split(part) for command in re.findall(COMMAND, page) for part in command.split("&&")]
 
 
+@each_script
 def test_every_logged_metric_is_explained_and_no_other(script, tmp_path):
-    folder = run(script, tmp_path / "run", *"--iterations 1 --beta 0.1 --eval-images 6 --eval-steps 1".split())
+    folder = run(script, tmp_path / "run", *FLAGS.split())
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
@@ -58,6 +62,7 @@ def test_every_logged_metric_is_explained_and_no_other(script, tmp_path):
     curves.draw(folder, tmp_path / "curves.png")
 
 
+@each_script
 def test_every_equation_names_functions_that_exist(script):
     for row in table(PAGES[script], "The objective"):
         assert re.search(r"\[`\w+`\]\(\.\./", row[-1]), row
@@ -65,6 +70,7 @@ def test_every_equation_names_functions_that_exist(script):
         assert name in {node.name for node in ast.parse((ROOT / file).read_text()).body if hasattr(node, "name")}, (name, file)
 
 
+@each_script
 def test_every_command_and_flag_is_understood(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no --output-dir exists
     found = commands(PAGES[script])
@@ -91,6 +97,7 @@ def test_every_command_and_flag_is_understood(script, tmp_path, monkeypatch):
     )
 
 
+@each_script
 def test_every_link_leads_somewhere_and_pictures_are_small(script):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[script]) if "://" not in link]
     assert f"{script}.png" in links and f"../{script}.py" in links
@@ -102,3 +109,50 @@ def test_every_link_leads_somewhere_and_pictures_are_small(script):
             titles = re.findall("^#+ (.+)$", target.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
         assert target.suffix != ".png" or target.stat().st_size <= 300_000, link
+
+
+def test_the_readme_is_short_complete_and_says_first_what_matters():
+    text = (ROOT / "README.md").read_text()
+    assert len(re.findall(r"\S*\w\S*", text)) <= 1100
+    assert not re.findall(r"@[A-Z_0-9]+@", text)  # places that wait for a figure
+    first_screen = text.split("![")[0].lower()
+    assert all(word in first_screen for word in ("status", "course", "variety", "not yet on real weights"))
+    order = ["## Quick start", "## Learn, research, teach", "## The three algorithms", "## What was found", "## Real models"]
+    assert sorted(order, key=text.index) == order
+
+
+@pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: page.name if page.parent == ROOT / "docs" else page.parent.name)
+def test_every_link_of_every_page_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            assert not path or (page.parent / path).exists(), link
+        if anchor and "://" not in link:
+            target = (page.parent / path if path else page).read_text()
+            titles = re.findall("^#+ (.+)$", target, re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+# Figures that stand in more than one place: a pattern whose groups must be the same wherever it is found
+FIGURES = {
+    "parameters of the miniature": r"\b([\d.]+) M parameters",
+    "parameters of the models": r"(2\.2 and 2\.0 B)",
+    "captions' base score": r"(?:base model (?:has|had)|from) (0\.4\d+)\b",
+    "score of the first command": r"iteration \d+: held-out score ([\d.]+)|all: score +[\d.]+ -> +([\d.]+)",
+    "variety of the first command": r"iteration \d+: held-out score [\d.]+, variety ([\d.]+)|all: variety +[\d.]+ -> +([\d.]+)",
+    "base score, printed": r"base model: held-out score ([\d.]+)|all: score +([\d.]+) ->",
+    "base variety, printed": r"base model: held-out score [\d.]+, variety ([\d.]+)|all: variety +([\d.]+) ->",
+    "minutes of training": r"([\d.]+) min of training",
+    "GenEval of the papers": r"(SD3\.5-M [\d.]+, Flow-GRPO [\d.]+)",
+    "standard error of a score over its images": r"standard error over 864 images is ([\d.]+)",
+    "noise of the last step": r"(\d+) %\s+of\s+the\s+noise\s+in\s+GRPO's\s+gradient",
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figure_is_the_same_wherever_it_stands(figure):
+    found = {}
+    for page in [*EVERYWHERE, ROOT / "experiments/results/README.md", ROOT / "assignments/README.md"]:
+        for groups in re.finditer(FIGURES[figure], page.read_text()):
+            found.setdefault(next(value for value in groups.groups() if value), set()).add(page.name)
+    assert len(found) <= 1, found

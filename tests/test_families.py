@@ -18,6 +18,7 @@ import grpo
 import miniature
 import sampler
 from experiments import bench, random_weights
+from families import text
 
 SIZES = dict(num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=16)
 FLUX = SIZES | dict(axes_dims_rope=(4, 6, 6), joint_attention_dim=32, pooled_projection_dim=16)
@@ -53,7 +54,7 @@ def models(tmp_path_factory):
 
 def loaded(model, **options):
     args = grpo.Args(model=str(model), device="cpu", dtype="float32", resolution=64, text_length=8, **options)
-    return args, sampler.load_pipeline(args)
+    return args, families.load_pipeline(args)
 
 
 def train(script, model, folder, *flags):
@@ -151,11 +152,12 @@ def test_encoded_prompts_are_forgotten_by_their_bytes(models, monkeypatch):
     known = pipe.encoded_prompts
     size = 3 * 8 * 48 * 4  # two prompts and the empty one
     assert sum(t.nbytes for tensors in known.values() for t in tensors) == size
-    monkeypatch.setattr(sampler, "TEXT_CACHE", size)
+    monkeypatch.setattr(text, "TEXT_CACHE", size)
     sampler.encode(pipe, ["a cross"], args)
     assert set(known) == {*PROMPTS, "", "a cross"}
-    again = sampler.encode(pipe, PROMPTS, args)
-    assert set(known) == {*PROMPTS, ""} and torch.equal(first.embeds, again.embeds)
+    sampler.encode(pipe, ["a sign"], args)
+    assert set(known) == {"", "a sign"}
+    assert torch.equal(first.embeds, sampler.encode(pipe, PROMPTS, args).embeds)
 
 
 # The scripts
@@ -175,7 +177,7 @@ def test_a_run_resumes_to_the_same_bytes_and_stock_diffusers_loads_its_lora(scri
     args, pipe = loaded(models[name], guidance=saved["guidance"], rank=saved["rank"])
     noise = torch.randn(2, *sampler.latent_shape(pipe, 64), generator=torch.Generator().manual_seed(0))
     before = sampler.sample_ode(pipe, PROMPTS, noise, 4, args)
-    bookkeeping.set_lora(pipe, {n.removeprefix("transformer."): w for n, w in load_file(folder / LORA).items()})
+    families.set_lora(pipe, {n.removeprefix("transformer."): w for n, w in load_file(folder / LORA).items()})
     after = sampler.sample_ode(pipe, PROMPTS, noise, 4, args)
     torch.testing.assert_close(stock(models[name], noise, saved["guidance"], "pt", lora=folder)[0], after, rtol=0, atol=1e-5)
     assert (before - after).abs().max() > 1e-4
@@ -203,9 +205,9 @@ def test_evaluate_scores_a_run_as_the_run_did(name, models, tmp_path):
 
 
 def test_a_folder_starts_from_the_settings_of_its_family(models, full_sd3):
-    for model, name in ((models["schnell"], "flux"), (models["klein"], "klein"), (full_sd3, "sd3"), (miniature.FOLDER, "tiny")):
-        assert arguments.preset_of(str(model)) == arguments.PRESETS[name]
-    assert set(arguments.PRESETS) == set(sampler.MODELS)
+    for model, name in ((models["schnell"], "flux"), (models["klein"], "klein"), (full_sd3, "sd3")):
+        assert arguments.preset_of(str(model)) == families.of_model(name).PRESET == arguments.preset_of(name)
+    assert arguments.preset_of(str(miniature.FOLDER)) == arguments.preset_of("tiny") == {}
 
 
 @pytest.mark.parametrize(
@@ -258,3 +260,25 @@ def test_the_bench_saves_what_the_scripts_load(monkeypatch, tmp_path):
         args, pipe = loaded(tmp_path / family)
         x = torch.randn(2, *sampler.latent_shape(pipe, 64), generator=torch.Generator().manual_seed(0))
         assert sampler.velocity(pipe, x, torch.full((2,), 0.7), sampler.encode(pipe, PROMPTS, args), args).std() > 0.01
+
+
+def test_prompts_are_encoded_in_the_order_of_their_use_and_the_encoders_dropped(models, monkeypatch):
+    args, pipe = loaded(models["flux"])
+    seen, encode = [], families.flux.encode
+    monkeypatch.setattr(families.flux, "encode", lambda pipe, prompt, *rest: seen.append(prompt) or encode(pipe, prompt, *rest))
+    text.encode_ahead(pipe, ["a cross", "a sign", "a cross", "a horse"], args)
+    assert seen == ["", "a cross", "a sign", "a horse"] and pipe.text_encoder is None and pipe.text_encoder_2 is None
+    sampler.encode(pipe, ["a horse"], args)  # known
+    args, pipe = loaded(models["flux"])
+    monkeypatch.setattr(text, "TEXT_CACHE", 1)  # room for one prompt alone: the encoders are needed again
+    text.encode_ahead(pipe, ["a cross", "a sign"], args)
+    assert pipe.text_encoder is not None and sampler.encode(pipe, ["a sign"], args).embeds.shape[0] == 1
+
+
+def test_the_adapter_is_back_after_an_error(models):
+    _, pipe = loaded(models["flux"])
+    layer = next(m for m in pipe.transformer.modules() if hasattr(m, "lora_A"))
+    with pytest.raises(KeyError), families.adapter_off(pipe):
+        assert layer.disable_adapters
+        raise KeyError
+    assert not layer.disable_adapters

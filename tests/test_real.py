@@ -32,8 +32,10 @@ from transformers import (
 
 import arguments
 import bookkeeping
+import families
 import grpo
 import judges
+import machine
 import rewards
 import sampler
 from evaluate import standard_errors
@@ -77,7 +79,7 @@ def test_the_full_pipeline_learns_jpeg_compressibility(script, full_sd3, tmp_pat
 
 def test_the_full_pipeline_is_read_by_its_third_text_encoder(full_sd3):
     args = grpo.Args(model=str(full_sd3), device="cpu", dtype="float32", text_length=8)
-    pipe = sampler.load_pipeline(args)
+    pipe = families.load_pipeline(args)
     text = sampler.encode(pipe, ["a horse", "a sign", "a horse"], args)
     assert text.embeds.shape == (3, 10 + 8, 128) and text.pooled.shape == (3, 128)
     assert torch.equal(text.embeds[0], text.embeds[2]) and not torch.equal(text.embeds[0, 10:], text.embeds[1, 10:])
@@ -88,7 +90,7 @@ def test_ocr_rewards_the_full_pipeline(script, full_sd3, tmp_path):
     pytest.importorskip("rapidocr"), pytest.importorskip("rapidfuzz")
     folder = run_full(script, tmp_path / "run", full_sd3, "--iterations", "1", "--reward", "ocr=0.8,jpeg-compressibility=0.2")
     result = json.loads((folder / "result.json").read_text())
-    assert set(result["base_categories"]) <= set(rewards.SURFACES)
+    assert set(result["base_categories"]) <= set(ocr.SURFACES)
 
 
 def test_presets_give_way_to_flags(monkeypatch):
@@ -100,7 +102,7 @@ def test_presets_give_way_to_flags(monkeypatch):
     assert (args.resolution, args.steps, args.lr, args.clip, args.rank) == (512, 10, 3e-4, 1e-4, 32)
     assert args.guidance == 7 and not args.gradient_checkpointing
     assert parse().resolution == 0
-    assert arguments.preset_of("tiny") == arguments.PRESETS["tiny"] != arguments.preset_of("sd3")
+    assert arguments.preset_of("tiny") == {} != arguments.preset_of("sd3")
 
 
 def test_help_shows_the_defaults_of_the_model(monkeypatch, capsys):
@@ -124,10 +126,9 @@ def test_weights_that_cannot_be_had_are_explained(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_train_what_one_does(script, tmp_path):
-    flags = [*SMALL, "--prompts", "4", "--iterations", "3", "--eval-every", "3", "--step-fraction", "0.5", "--beta", "0.01"]
+    flags = [*SMALL, "--prompts", "4", "--iterations", "3", "--eval-every", "3", "--beta", "0.01", "--step-weights", "std2"]
     if script == "gcpo":
-        flags[flags.index("--step-fraction")] = "--chunk-fraction"
-        flags += ["--weighted", "--min-chunk", "2"]
+        flags += ["--chunk-fraction", "0.5", "--weighted"]
     # Everything but the number of processes alike: threads, which round differently, and no ratio at the clip's edge, where
     # the last bit decides whether a trajectory has a gradient.
     flags += ["--clip", "0.01", "--lr", "3e-4"]
@@ -155,13 +156,13 @@ def test_two_processes_train_what_one_does(script, tmp_path):
         if not name.startswith(("time/", "charts/images_per_second", "charts/held_out")):
             assert logged_by_two[name] == pytest.approx(logged[name], abs=1e-4, rel=1e-3), name
     x, y = (json.loads((f / "result.json").read_text())["final_score"] for f in (one, tmp_path / "two"))
-    assert x == pytest.approx(y, abs=1 / 12)  # at most one image of twelve is judged otherwise
+    assert x == y
 
 
 def other_process(rank, folder=None):
     """A run as a process of two sees it, without the other."""
     alone = object.__new__(bookkeeping.Run)
-    alone.rank, alone.world, alone.folder, alone.held_out, alone.seconds = rank, 2, folder, {}, 0.0
+    alone.rank, alone.world, alone.folder, alone.held_out, alone.seconds, alone.args = rank, 2, folder, {}, 0.0, grpo.Args()
     return alone
 
 
@@ -169,23 +170,21 @@ def other_process(rank, folder=None):
 def test_no_process_leaves_before_the_state_is_saved(rank, tmp_path, monkeypatch):
     alone, waited = other_process(rank, tmp_path), []
     alone.optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    alone.pipe = sampler.load_pipeline(grpo.Args(device="cpu", dtype="float32"))
+    alone.pipe = families.load_pipeline(grpo.Args(device="cpu", dtype="float32"))
     monkeypatch.setattr(bookkeeping.dist, "barrier", lambda: waited.append((tmp_path / "state.pt").exists()))
-    alone.save(1)
+    alone.save(alone.args.save_every)
     assert waited == [rank == 0]
 
 
 def test_a_process_without_anything_to_train_shows_the_others_statistics(monkeypatch):
     alone, written = other_process(0), {}
-    alone.stats, alone.logged, alone.laps, alone.args = {}, {}, {"time/train": 2.0}, grpo.Args()
+    alone.sums, alone.laps, alone.shown = {}, {"time/train": 2.0}, {}
     alone.optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     alone.writer = SimpleNamespace(add_scalar=lambda name, value, step: written.update({name: value}))
-
-    def gather(parts, mine):
-        parts[:] = [mine, {"losses/ratio_0": [3.0, 2.0]}]
-
-    monkeypatch.setattr(bookkeeping.dist, "all_gather_object", gather)
-    alone.write_scalars(1)
+    alone.bar = SimpleNamespace(set_postfix=lambda values: None)
+    theirs = {"losses/ratio_0": torch.tensor([3.0, 2.0])}
+    monkeypatch.setattr(bookkeeping, "gather_objects", lambda mine: [mine, theirs])
+    alone.log(1, {"charts/reward": 0.5})
     assert written["losses/ratio_0"] == 1.5 and written["charts/images_per_second"] == 128
 
 
@@ -194,7 +193,7 @@ def test_gradients_are_sent_in_one_piece(monkeypatch):
     parameters[0].grad = torch.ones(2, 3)
     monkeypatch.setattr(bookkeeping.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(bookkeeping.dist, "all_reduce", lambda tensor: sent.append(tensor.numel()) or tensor.mul_(2))
-    bookkeeping.sum_over_processes(parameters)
+    machine.sum_over_processes(parameters)
     assert sent == [10] and (parameters[0].grad == 2).all() and (parameters[1].grad == 0).all()
     assert [p.grad.shape for p in parameters] == [p.shape for p in parameters]
 
@@ -218,7 +217,7 @@ def train_quietly(script, flags):
     runpy.run_path(f"{script}.py", run_name="__main__")
 
 
-def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes(tmp_path):
+def test_killed_at_twelve_random_moments_and_resumed_it_ends_with_the_same_bytes(tmp_path):
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything and run nothing
     context.set_forkserver_preload(["bookkeeping", "torch.utils.tensorboard", "peft.tuners.lora"])
 
@@ -235,7 +234,7 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes
     expected = (tmp_path / "whole" / LORA).read_bytes()
     moments = random.Random(0)
     killed = 0
-    for i in range(20):
+    for i in range(12):
         folder = tmp_path / str(i)
         process = start(folder)
         time.sleep(moments.uniform(0, whole))
@@ -247,8 +246,8 @@ def test_killed_at_twenty_random_moments_and_resumed_it_ends_with_the_same_bytes
             process.join()
             assert process.exitcode == 0
         assert (folder / LORA).read_bytes() == expected, f"kill {i}"
-        assert not list(folder.glob(".*tmp*")) or process.exitcode == -signal.SIGKILL
-    assert killed >= 15  # else the moments came after the end and the test shows nothing
+        assert not list(folder.glob(".*tmp*"))
+    assert killed >= 9  # else the moments came after the end and the test shows nothing
 
 
 # evaluate.py
@@ -333,7 +332,8 @@ def test_prompt_sets_share_no_prompt_and_fit_their_rewards(name):
     assert a and b and not a & b and all(train.values()) and all(held_out.values())
     for reward in rewards.REWARDS.values():
         if reward.prompts == name:
-            assert all(reward.check(prompt) is not False for prompt in a | b)
+            for prompt in a | b:
+                reward.check(prompt)  # raises for a prompt that it cannot judge
 
 
 def test_a_prompt_file_is_split(tmp_path):
@@ -548,6 +548,6 @@ def test_pickled_networks_are_refused(tiny_networks):
 
 
 def test_an_out_of_memory_error_names_the_flags(capsys):
-    arguments.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
+    machine.explain_exception(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory"), None)
     error = capsys.readouterr().err
     assert "--micro-batch" in error and "--gradient-checkpointing" in error and "Traceback" not in error

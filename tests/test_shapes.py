@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+import families
 import rewards
-import sampler
 from judges import geneval
 from miniature import shapes
 from miniature.shapes import Object
@@ -37,7 +37,7 @@ def test_every_rendered_scene_is_recognised(scenes):
 
 def test_scenes_are_recognised_after_the_autoencoder(scenes):
     captions, images = scenes
-    vae = AutoencoderKL.from_pretrained(sampler.MODELS["tiny"], subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(families.MODELS["tiny"], subfolder="vae")
     with torch.no_grad():
         latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in torch.from_numpy(images).split(250)])
         decoded = torch.cat([vae.decode(z).sample / 2 + 0.5 for z in latents.split(250)])

@@ -115,7 +115,7 @@ def test_gradient(s):
     same("gradient by finite differences", finite_differences(function, log_prob), -advantages, mistakes, tolerance=1e-5)
 
 
-@worth(3)
+@worth(2)
 def test_update_learns(s):
     """A working GRPO update: 150 steps move a Gaussian policy to the rewarded point"""
     generator = torch.Generator().manual_seed(0)
@@ -152,3 +152,16 @@ def test_own_mean_factor(s):
         lambda G: 1 / G: "the part that is lost: asked is the part that is left",
     }
     formula(s, "own_mean_factor", lambda G: 1 - 1 / G, mistakes, G=(2, 30))
+
+
+@worth(1)
+def test_variety(s):
+    """Question 4: the variety of a policy that has a favourite"""
+    mistakes = {
+        lambda p, M: 1 - p: "the chance that one image is not drawn as the favourite: variety compares two images",
+        lambda p, M: (1 - p**2) * (1 - 1 / M): "the share of pairs that differ: divide by that of equally likely looks",
+        lambda p, M: p**2: "the share of pairs in which both images are the favourite by choice: variety is what is left",
+        lambda p, M: (1 - p**2 - (1 - p) ** 2 / (M - 1)) / (1 - 1 / M): "one of M - 1 other looks otherwise: it is one of all M",
+        lambda p, M: 1 - p**2 - (1 - p) ** 2: "two looks only, the favourite and the rest: there are M",
+    }
+    formula(s, "variety_with_favourite", lambda p, M: 1 - p**2, mistakes, p=(0.1, 0.9), M=(4, 100))

@@ -1,5 +1,7 @@
 """Part 3: ratio and clip."""
 
+import math
+
 import torch
 
 import bugs
@@ -40,7 +42,7 @@ def value(ratio, low=0.9, high=1.1, take=torch.maximum):
     return take(-ADVANTAGES * ratio, -ADVANTAGES * ratio.clamp(low, high))
 
 
-@worth(3)
+@worth(2)
 def test_clipped_loss(s):
     """clipped_loss: too far in the good direction is worth no more, too far in the bad one still costs"""
     mistakes = {
@@ -72,7 +74,7 @@ def test_clip_gradient(s):
     same("where the gradient of clipped_loss is 0", got == 0, stopped, wrong)
 
 
-@worth(2)
+@worth(1)
 def test_clip_holds(s):
     """Two hundred updates on one batch leave every ratio at the clip"""
     log_prob, advantages = torch.zeros(40, dtype=torch.float64), randn(40)
@@ -136,6 +138,34 @@ def test_log_ratio_std(s):
         lambda d, D: d: "one dimension's: a mean of D of them varies less",
     }
     formula(s, "log_ratio_std", lambda d, D: d / D**0.5, mistakes, d=(0.1, 2), D=(4, 100))
+
+
+@worth(1)
+def test_mean_ratio(s):
+    """Question 4: the mean of the ratio itself"""
+    mistakes = {
+        lambda KL, D: math.exp(-KL / D): "exp of the mean log ratio: the mean of exp is larger, by half the log ratio's variance",
+        lambda KL, D: 1: "the mean of p_new / p_old, the ratio of the sum over dimensions: here the log is a mean over D",
+        lambda KL, D: -KL / D: "the mean of the log ratio, not of the ratio",
+        lambda KL, D: math.exp(-KL / D + 2 * KL / D**2): "the whole variance of the log ratio: E[exp] takes half of it",
+        lambda KL, D: math.exp(-KL + KL / D): "the sum over dimensions in the mean of the log ratio: log_prob is their mean",
+        lambda KL, D: math.exp(-KL / D - KL / D**2): "half the variance with the wrong sign: exp is convex, so its mean is larger",
+        lambda KL, D: math.exp(KL / D + KL / D**2): "samples of the new policy: they are the old one's",
+    }
+    formula(s, "mean_ratio", lambda KL, D: math.exp(-KL / D + KL / D**2), mistakes, KL=(0.5, 3), D=(2, 6))
+
+
+@worth(1)
+def test_clip_at_other_size(s):
+    """Question 5: the clip for a latent of another size"""
+    mistakes = {
+        lambda eps, D, D_new: eps: "the same clip: the std of the log ratio depends on the number of dimensions",
+        lambda eps, D, D_new: eps * D_new / D: "upside down, without the root: more dimensions vary less",
+        lambda eps, D, D_new: eps * math.sqrt(D_new / D): "upside down: the mean of more dimensions varies less",
+        lambda eps, D, D_new: eps * D / D_new: "for the same KL of the whole step; here each dimension moves by the same d",
+    }
+    expected = lambda eps, D, D_new: eps * math.sqrt(D / D_new)
+    formula(s, "clip_at_other_size", expected, mistakes, eps=(0.1, 1), D=(4, 50), D_new=(60, 200))
 
 
 def bug(s, number):

@@ -33,7 +33,7 @@ def over_chunks(values, reduce):
     return torch.stack([reduce(part) for part in values.split(SIZES, -1)], -1)
 
 
-@worth(3)
+@worth(2)
 def test_geometric_mean(s):
     """A chunk's ratio is the geometric mean of its steps' ratios"""
     new, old = randn(4, S), randn(4, S, seed=1)
@@ -101,18 +101,18 @@ def test_relative_distance(s):
 
 @worth(1)
 def test_adaptive_partition(s):
-    """adaptive_chunks partitions any curve into chunks of at most min_chunk steps, whatever its scale"""
+    """adaptive_chunks partitions any curve into chunks of at most max_chunk steps, whatever its scale"""
     rng = np.random.default_rng(0)
     for _ in range(200):
-        steps, min_chunk = int(rng.integers(1, 30)), int(rng.integers(1, 6))
+        steps, max_chunk = int(rng.integers(1, 30)), int(rng.integers(1, 6))
         curve = rng.random(steps)  # as the script passes it: a numpy array of float64
-        got = sizes_of("adaptive_chunks", s.adaptive_chunks(curve, min_chunk))
-        what = f"adaptive_chunks of a curve of {steps} steps with min_chunk {min_chunk} gives {got}"
+        got = sizes_of("adaptive_chunks", s.adaptive_chunks(curve, max_chunk))
+        what = f"adaptive_chunks of a curve of {steps} steps with max_chunk {max_chunk} gives {got}"
         holds(sum(got) == steps, f"{what}, which do not sum to {steps}")
         holds(min(got) >= 1, f"{what}: an empty chunk")
-        holds(max(got) <= min_chunk, f"{what}: longer than min_chunk; divide each part again by its next difference")
+        holds(max(got) <= max_chunk, f"{what}: longer than max_chunk; divide each part again by its next difference")
         holds(
-            sizes_of("adaptive_chunks", s.adaptive_chunks(1000 * curve, min_chunk)) == got,
+            sizes_of("adaptive_chunks", s.adaptive_chunks(1000 * curve, max_chunk)) == got,
             "adaptive_chunks depends on the curve's scale",
         )
 
@@ -127,7 +127,7 @@ def test_adaptive_turns(s):
             if len(curve) <= 4:
                 holds(
                     got == [len(curve)],
-                    f"adaptive_chunks of {len(curve)} steps gives {got}: no longer than min_chunk is left whole",
+                    f"adaptive_chunks of {len(curve)} steps gives {got}: no longer than max_chunk is left whole",
                 )
                 continue
             what = f"adaptive_chunks of a curve that rises over {peak} steps and falls from then on, over {fall}, gives {got}"
@@ -184,3 +184,15 @@ def test_product_weight_over_grpo(s):
         lambda S, K, c: S / (K * c): "the geometric mean's: the log of a product is the sum of the steps' log ratios",
     }
     formula(s, "product_weight_over_grpo", lambda S, K, c: S / K, mistakes, S=(8, 20), K=(2, 7), c=(1, 6))
+
+
+@worth(1)
+def test_std2_weight(s):
+    """Question 4: the weight that is hidden in a log-probability without its constants"""
+    mistakes = {
+        lambda std: std**2: "the density's factor 1/2 is forgotten: its gradient is (x_next - mean) / (n std²)",
+        lambda std: 1 / (2 * std**2): "the Gaussian's gradient over this one",
+        lambda std: 2 * std: "std in place of the variance",
+        lambda std: 2: "the factor without the variance: the Gaussian divides by std²",
+    }
+    formula(s, "std2_weight", lambda std: 2 * std**2, mistakes, std=(0.1, 2))

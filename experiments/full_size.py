@@ -1,0 +1,269 @@
+"""The scripts at the real size of Stable Diffusion 3.5 medium and FLUX.2 klein, with random weights, and what a GPU has to hold.
+
+    python -m experiments.full_size                         # every part that experiments/results/full_size.json lacks
+    python -m experiments.full_size --parts sd3-grpo memory # these; an hour or more each on two CPU cores, memory minutes
+    python -m experiments.full_size --small                 # the same on small models, into runs/full_size-small/: minutes
+
+A part is written down as soon as it is done, and skipped from then on; one that was killed begins again. sd3-... and klein-...
+run a script for an iteration or two (512 x 512, guidance, KL and gradient checkpointing as in the preset, bfloat16) and tell
+seconds, peak memory, the ratio before the first update, which LoRA matrices did not move, and whether stock diffusers loads the
+LoRA. sd3-resume kills such a run and resumes it, which has to end in the bytes of sd3-grpo. memory adds up, without a GPU, what
+training has to hold: weights from their real shapes, and the most that the tensors of a training step take together, by running
+it on tensors that have shapes but no content.
+"""
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import tyro
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bookkeeping
+import families
+import machine
+import sampler
+from experiments import random_weights
+from experiments.bench import command
+from families.text import Text
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "--steps 3 --prompts 1 --group-size 2 --updates 1 --micro-batch 2 --dtype bfloat16 --save-every 1".split()
+FLAGS += "--reward jpeg-compressibility --eval-images 1 --eval-steps 1".split()
+RUNS = {  # part: family, script, whether compiled, flags
+    "sd3-gcpo": ("sd3", "gcpo", False, "--iterations 1 --chunk-size 1"),
+    "sd3-grpo": ("sd3", "grpo", False, "--iterations 2"),
+    "sd3-resume": ("sd3", "grpo", False, "--iterations 2"),
+    "sd3-stepwise_grpo": ("sd3", "stepwise_grpo", False, "--iterations 1"),
+    "sd3-compiled": ("sd3", "grpo", True, "--iterations 1"),
+    "klein-gcpo": ("klein", "gcpo", False, "--iterations 1 --chunk-size 1"),
+}
+FAMILIES = ("sd3", "klein", "flux")  # of which the memory is added up
+MICRO_BATCHES = (1, 2, 4, 8)
+RANK = 32
+GIB = 2**30
+
+
+@dataclass
+class Args:
+    parts: tuple[str, ...] = (*RUNS, "memory")
+    """what to do, if the results lack it"""
+    small: bool = False
+    """small models of the same classes at 64 x 64, to try this program"""
+
+
+# The runs
+
+
+def saved_model(family, folder, small):
+    """The folder of the family's untrained pipeline, made once."""
+    if not (folder / family).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        random_weights.random_model(family, folder / f".{family}", small)
+        (folder / f".{family}").rename(folder / family)
+    return folder / family
+
+
+def killed_and_resumed(words, folder):
+    """Kills a run as soon as it has saved its first iteration, and resumes it."""
+    run = subprocess.Popen([sys.executable, *words], cwd=ROOT)
+    while not (folder / "state.pt").exists():
+        if run.poll() is not None:
+            sys.exit("the run ended before it was killed")
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    if (folder / "result.json").exists():
+        sys.exit("the run was over before it was killed")
+    subprocess.run([sys.executable, words[0], "--resume", str(folder)], cwd=ROOT, check=True)
+
+
+def loads_in_diffusers(model, folder):
+    """Whether the stock pipeline loads the run's LoRA, all of it, with the values and the scale that the run saved."""
+    pipe, saved = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16), load_file(folder / families.LORA_FILE)
+    pipe.load_lora_weights(folder)
+    (adapter,) = pipe.get_list_adapters()["transformer"]
+    loaded = get_peft_model_state_dict(pipe.transformer, adapter_name=adapter)
+    config = pipe.transformer.peft_config[adapter]
+    same = all(torch.equal(weight, saved[f"transformer.{name}"].to(weight.dtype)) for name, weight in loaded.items())
+    return same and len(loaded) == len(saved) and config.lora_alpha == 2 * config.r
+
+
+def do_run(part, workspace, small):
+    """Does a part's run and gives what there is to tell of it."""
+    family, script, compiled, flags = RUNS[part]
+    model, folder = saved_model(family, workspace, small), workspace / part
+    shutil.rmtree(folder, ignore_errors=True)
+    words = command(script, ["--model", str(model), *FLAGS, *flags.split(), "--output-dir", str(folder)], compiled)
+    words += ["--resolution", "64", "--text-length", "8"] if small else []
+    found = {}
+    if part == "sd3-resume":
+        killed_and_resumed(words, folder)
+        found["same_bytes"] = (folder / families.LORA_FILE).read_bytes() == (
+            workspace / "sd3-grpo" / families.LORA_FILE
+        ).read_bytes()
+    else:
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    scalars, result = bookkeeping.read_scalars(folder), json.loads((folder / "result.json").read_text())
+    lora = load_file(folder / families.LORA_FILE)
+    ups = {name.removeprefix("transformer.").removesuffix(".lora_B.weight"): w for name, w in lora.items() if "lora_B" in name}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:  # its memory is gone afterwards
+        loads = fresh.submit(loads_in_diffusers, str(model), folder).result()
+    seconds = {tag.removeprefix("time/"): [round(s, 1) for _, s in scalars[tag]] for tag in scalars if tag.startswith("time/")}
+    return found | dict(
+        compiled=json.loads((folder / "args.json").read_text())["compiled_blocks"],
+        seconds=seconds,
+        peak_memory_mb=round(result["peak_memory_mb"]),
+        ratio_0=[value for _, value in scalars["losses/ratio_0"]],
+        clip_fraction_0=[value for _, value in scalars["losses/clip_fraction_0"]],
+        pairs=len(ups),
+        unmoved=[name for name, up in ups.items() if not up.any()],  # B starts at 0
+        loads_in_diffusers=loads,
+    )
+
+
+def wrong(found):
+    """What of a run's findings is not as it has to be."""
+    return [
+        what
+        for what, right in {
+            "the ratio before the first update is not 1": all(abs(ratio - 1) < 1e-5 for ratio in found["ratio_0"]),
+            "a ratio is clipped before the first update": not any(found["clip_fraction_0"]),
+            "stock diffusers does not load the LoRA": found["loads_in_diffusers"],
+            "the resumed run has other bytes": found.get("same_bytes", True),
+        }.items()
+        if not right
+    ]
+
+
+# The memory
+
+
+class Peak(TorchDispatchMode):
+    """Follows the bytes of all tensors made inside: how many there are now, and at the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.now, self.most = {}, 0, 0
+
+    def forget(self, key):
+        self.now -= self.bytes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]:
+            if storage._cdata not in given and storage._cdata not in self.bytes:  # neither in place nor a view
+                self.bytes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+
+def hollow(model):
+    """Replaces a meta model's parameters and buffers by tensors of the CPU; within FakeTensorMode these have no content."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
+
+
+def memory(family, small):
+    """GiB of all that training with the family's preset holds, part by part and together at its three fullest moments."""
+    preset = families.of_model(family).PRESET | (dict(resolution=64, text_length=8) if small else {})
+    changes = (random_weights.SMALL[family], random_weights.SMALL_VAE) if small else ({}, {})
+    with torch.device("meta"):
+        transformer = random_weights.transformer(family, **changes[0]).bfloat16().requires_grad_(False)
+        vae = random_weights.vae(family, **changes[1]).requires_grad_(False)
+        targets = families.of_model(family).LORA_TARGETS
+        transformer.add_adapter(LoraConfig(r=RANK, init_lora_weights="gaussian", target_modules=targets))
+    cast_training_params(transformer, torch.float32)
+    pipe = random_weights.pipeline(family, transformer, vae)
+    embeds, pooled = families.of(pipe).encode(pipe, "", preset["text_length"], "cpu")
+    count = lambda model, learning=False: sum(p.numel() for p in model.parameters() if p.requires_grad == learning)
+    latents, shape = preset["prompts"] * preset["group_size"], sampler.latent_shape(pipe, preset["resolution"])
+    states = latents * (2 * preset["steps"] + 1 - preset["ode_steps"]) * torch.Size(shape).numel()
+    parts = {
+        "transformer, bfloat16": 2 * count(transformer) / GIB,
+        f"LoRA of rank {RANK} and AdamW's two moments, float32": 12 * count(transformer, True) / GIB,
+        "VAE, float32": 4 * count(vae) / GIB,
+        "trajectories of an iteration and velocities of stepwise_grpo.py, float32": 4 * states / GIB,
+        "text encoders, bfloat16": 2 * sum(count(m, True) for m in random_weights.text_encoders(family)) / GIB,
+    }
+    step, args = {}, SimpleNamespace(dtype="bfloat16", guidance=preset["guidance"])
+    with FakeTensorMode():
+        hollow(transformer), hollow(vae)
+        with Peak() as peak:
+            sampler.decode(pipe, torch.empty(1, *shape))
+        parts["decoding one image"] = peak.most / GIB
+        text = Text(*(torch.empty(t.shape) for t in (embeds, pooled, embeds, pooled)))
+        for checkpointing in (True, False):
+            (transformer.enable_gradient_checkpointing if checkpointing else transformer.disable_gradient_checkpointing)()
+            for args.micro_batch in MICRO_BATCHES:
+                n = args.micro_batch
+                with Peak() as peak:
+                    rows = text.rows(torch.zeros(n, dtype=torch.long))
+                    sampler.velocity(pipe, torch.empty(n, *shape), torch.empty(n), rows, args).sum().backward()
+                transformer.zero_grad(set_to_none=True)
+                step[checkpointing, n] = peak.most / GIB
+    weights, lora, decoder, trajectories, encoders, decoding = parts.values()
+    always = weights + lora + decoder
+    together = {"together while prompts are encoded": always + encoders}
+    together["together while images are decoded"] = always + trajectories + decoding
+    for (checkpointing, n), most in step.items():
+        how = "with" if checkpointing else "without"
+        parts[f"a training step, --micro-batch {n}, {how} gradient checkpointing"] = most
+        together[f"together in training, --micro-batch {n}, {how}"] = always + trajectories + most
+    return {name: round(value, 3) for name, value in (parts | together).items()}
+
+
+def table(sizes):
+    """Markdown of {family: {name: GiB}}."""
+    rows = [["GiB", *sizes], ["-"] * (len(sizes) + 1)]
+    rows += [[name, *(f"{sizes[family][name]:.2f}" for family in sizes)] for name in next(iter(sizes.values()))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if unknown := set(args.parts) - {*RUNS, "memory"}:
+        machine.fail(f"--parts {' '.join(sorted(unknown))} is not among {', '.join(RUNS)}, memory")
+    workspace = ROOT / "runs" / f"full_size{'-small' * args.small}"
+    file = workspace / "full_size.json" if args.small else ROOT / "experiments" / "results" / "full_size.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    todo = [part for part in (*RUNS, "memory") if part in args.parts and part not in results]
+    if "sd3-resume" in todo and "sd3-grpo" not in todo and not (workspace / "sd3-grpo" / families.LORA_FILE).exists():
+        machine.fail("sd3-resume is compared with the run of sd3-grpo, whose folder is not here; delete sd3-grpo from the results")
+    workspace.mkdir(parents=True, exist_ok=True)
+    for part in todo:
+        if part == "memory":
+            results[part] = {family: memory(family, args.small) for family in FAMILIES}
+        else:
+            results[part] = do_run(part, workspace, args.small)
+        bookkeeping.write_json(file, results)
+    for part in (part for part in args.parts if part != "memory"):
+        print(part, json.dumps(results[part]))
+    if "memory" in args.parts:
+        print(table(results["memory"]))
+    problems = [f"{part}: {what}" for part in args.parts if part != "memory" for what in wrong(results[part])]
+    if problems:
+        sys.exit("\n".join(problems))
