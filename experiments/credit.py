@@ -1,6 +1,6 @@
 """Which step of a trajectory earned the reward, how well each method knows it, and what that is worth to the gradient.
 
-    python -m experiments.credit                             # the miniature, about five minutes on one CPU core
+    python -m experiments.credit                             # the miniature, minutes on two CPU cores
     python -m experiments.credit --lora runs/grpo__... --sde ddim --output-dir runs/credit-ddim
     python -m experiments.credit --pool runs/credit-0 runs/credit-1 --output-dir runs/credit-pooled
 
