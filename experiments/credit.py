@@ -1,6 +1,6 @@
 """Which step of a trajectory earned the reward, how well each method knows it, and what that is worth to the gradient.
 
-    python -m experiments.credit                             # the miniature, about five minutes on one CPU core
+    python -m experiments.credit                             # the miniature, minutes on two CPU cores
     python -m experiments.credit --lora runs/grpo__... --sde ddim --output-dir runs/credit-ddim
     python -m experiments.credit --pool runs/credit-0 runs/credit-1 --output-dir runs/credit-pooled
 
@@ -24,6 +24,7 @@ import csv
 import json
 import math
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -112,11 +113,16 @@ def loss_weights(log_ratio, advantages, plans, clip, step_weights=1.0):
     The scripts' clipped loss of the chunks' ratios, a mean over a trajectory's chunks; chunks of one step are GRPO's loss.
     step_weights (S,) are those of --step-weights, factors of the log-probability.
     """
-    new, sizes = log_ratio.clone().requires_grad_(), [size for plan in plans for size in plan]
-    ratio = torch.exp(gcpo.chunk_log_ratio((new * step_weights).flatten(), torch.zeros_like(new).flatten(), sizes))
-    loss = grpo.clipped_loss(ratio, gcpo.chunk_means(advantages.flatten(), sizes), clip)
-    (loss / torch.tensor([len(plan) for plan in plans for _ in plan]).to(loss)).sum().backward()
-    return -new.grad
+    weights, trajectories = torch.zeros_like(log_ratio), defaultdict(list)  # by plan
+    for b, plan in enumerate(plans):
+        trajectories[tuple(plan)].append(b)
+    for plan, rows in trajectories.items():
+        new = log_ratio[rows].requires_grad_()
+        ratio = torch.exp(gcpo.chunk_log_ratio(new * step_weights, torch.zeros_like(new), plan))  # (rows, chunks)
+        loss = grpo.clipped_loss(ratio, gcpo.chunk_means(advantages[rows], plan), clip)
+        loss.mean(1).sum().backward()
+        weights[rows] = -new.grad
+    return weights
 
 
 # Measuring

@@ -82,11 +82,11 @@ def draw_trajectory(path, images, value, error, credits):
 def draw_shares(path, figures, S):
     """Each step's share of the variation in reward beside its share of the noise in GRPO's gradient."""
     figure, axis = plt.subplots(figsize=(min(1.5 * S + 2, 10), 4))
-    sides = ("reward", "share", "of the variation in reward"), ("GRPO", "share of noise", "of the noise in GRPO's gradient")
+    sides = ("reward", "share", "variation in reward"), ("GRPO", "share of noise", "noise in GRPO's gradient")
     for i, (method, quantity, label) in enumerate(sides):
         share, error = 100 * np.array([figures[method, "steps", str(k), quantity] for k in range(S)]).T
         axis.bar(np.arange(S) + 0.4 * (i - 0.5), share, 0.38, yerr=1.96 * error, label=label, color=f"C{i}", error_kw=dict(lw=1))
-    axis.set(xlabel="step", ylabel="share of the step (%)", xticks=range(S))
+    axis.set(xlabel="step", ylabel="the step's share (%)", xticks=range(S))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
