@@ -301,13 +301,17 @@ class Run:
         if not self.evaluates(done):
             return
         found = evaluate(self.pipe, self.args, self.args.eval_steps)
+        some = found.prompts[:: max(1, len(found.prompts) // max(32, self.world))][self.rank :: self.world]
+        path_kl = float(np.mean(np.concatenate(gather_objects(sampler.path_kl(self.pipe, some, self.args).numpy()))))
         when, name, picture = ("final", f"iteration {done}", "after") if done else ("base", "base model", "before")
+        self.held_out[f"{when}_path_kl"] = path_kl
         self.held_out |= {f"{when}_variety": found.variety}  # None takes the place of an earlier evaluation's
         self.held_out |= {f"{when}_{figure}": value for figure, value in found.figures.items()}
         self.held_out |= {f"{when}_categories": category_means(found.scores, found.categories)}
         self.held_out["best_score"] = max(found.scores.mean().item(), self.held_out.get("best_score", 0.0))
         self.shown = {figure: f"{value:.3f}" for figure, value in found.figures.items()}
         if self.rank == 0:
+            self.writer.add_scalar("charts/path_kl", path_kl, done)
             for figure, value in found.figures.items():
                 self.writer.add_scalar("charts/variety" if figure == "variety" else f"charts/held_out_{figure}", value, done)
             tqdm.write(f"{name}: held-out " + ", ".join(f"{figure} {value}" for figure, value in self.shown.items()))

@@ -5,12 +5,12 @@
     torchrun --nproc-per-node 8 gcpo.py --model sd3 --prompts 48 --group-size 24
 
 The first S of T steps follow an SDE in place of the flow's ODE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a
-likelihood (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
-G images of one prompt, started from the same noise, form a group; rewards are compared within it.
+likelihood p (log p is averaged, not summed, over the latent's dimensions) and ratio_k = (p_new / p_old)(x_{k+1} | x_k)^w_k, where
+w_k is 1 without --step-weights. G images of one prompt, from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), the advantage of every step
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4): the advantage of every step
     r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
-    loss = mean over trajectories and trained chunks j of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
+    loss = mean over chunks j of trajectories with A ≠ 0 of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 
 Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level ratio.
@@ -37,7 +37,7 @@ Chunk = namedtuple("Chunk", "b first size weight")  # `size` steps of trajectory
 
 
 @dataclass
-class Args(arguments.Training):
+class Args(arguments.Training):  # which has the flags that all three scripts share
     iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
@@ -82,7 +82,7 @@ def group_advantages(rewards, group_size, global_std=False):
     """Advantages (B,) of group-major rewards (B,): (r - mean of its group) / (std + 1e-4), clamped to ±5.
 
     The std is the group's (GCPO eq. 4), or with `global_std`, Flow-GRPO's setting for SD3 and the default of Args, that of
-    all B rewards. A group without spread gets 0.
+    all B rewards. A group without spread gets 0, and not its mean's rounding times 1e4.
     """
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
@@ -101,7 +101,7 @@ def log_prob(x_next, mean, std):
 def transition_log_prob(v, x, x_next, sigma, sigma_next, weight, sigma_max, eta, sde):
     """Log-probability (B,) of the step from x to x_next (B, ...) at velocity v, times its weight: one pass over the latents.
 
-    Rollout and training call this one function, so that its rounding is the same and the ratio starts at 1.
+    Rollout and training call this one function, so that its rounding is the same, as v's is (sampler.velocity): ratios start at 1.
     """
     mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
     return weight * log_prob(x_next, mean, std)
@@ -128,9 +128,9 @@ def fixed_chunks(num_steps, chunk_size):
 def adaptive_chunks(curve, max_chunk=4):
     """Sizes of chunks that follow the shape of a trajectory's distance curve (S,). GCPO section 4.3.
 
-    Steps over which the curve's first difference keeps its sign belong together; where it never changes the segment is halved.
-    Each part is divided again by its next order of difference, until it is no longer than `max_chunk`. Choices where the paper is
-    silent: that number; step k takes the sign of d_{k+1} - d_k, a segment's last steps the last sign; too short ones are halved.
+    A segment is cut where the curve's first difference changes its sign, and halved where it never does. Each part is cut again
+    by the next order of difference, until it is no longer than `max_chunk`. Choices where the paper is silent: that number; step k
+    has the sign of d_{k+1} - d_k, a segment's last steps the last sign; a segment too short for a difference is halved.
     """
 
     def split(segment, order):
@@ -163,7 +163,7 @@ def draw_chunks(plan, curve, fraction, weighted, rng):
 
 def batch_chunks(chunks, micro_batch):
     """Lists of whole chunks, at most `micro_batch` steps together: eq. 14 clips a chunk's ratio, which takes all of its steps."""
-    batches, steps = [], micro_batch
+    batches, steps = [], micro_batch  # as if one were full: the first chunk opens a batch
     for chunk in sorted(chunks):  # by trajectory, so that rows that share a state share a batch
         steps += chunk.size
         if steps > micro_batch:
@@ -180,10 +180,10 @@ if __name__ == "__main__":
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
     S, G, P = args.steps - args.ode_steps, args.group_size, args.prompts // world
-    B = P * G  # trajectories of this process: `mine` of the world's, in group-major order
-    mine = range(rank * B, (rank + 1) * B)
-    everyone = torch.arange(B, device=args.device)
-    group = everyone // G  # (B,) prompt of each trajectory
+    B = P * G  # trajectories of this process, in group-major order
+    mine = range(rank * B, (rank + 1) * B)  # their numbers among those of all processes
+    own = torch.arange(B, device=args.device)  # their numbers here
+    group = own // G  # (B,) prompt of each trajectory
 
     # Optimizer, prompts, noise schedule, and the kernel with its constants filled in
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
@@ -191,22 +191,22 @@ if __name__ == "__main__":
     reward_function = rewards.build(args.reward)
     train_prompts, _ = rewards.prompt_set(args)
     sigmas = sampler.schedule(pipe, args.steps, args.device)
-    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)
+    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)  # for sigma_max see sampler.sde_step
     sde_step, step_log_prob = partial(sampler.sde_step, **kernel), partial(transition_log_prob, **kernel)
-    _, std = sde_step(sigmas[:S], sigmas[:S], sigmas[:S], sigmas[1 : S + 1])  # (S,), the same for any v and x
-    step_weights = sampler.step_weights(args.step_weights, std, sigmas[1 : S + 1] - sigmas[:S])
+    _, stds = sde_step(sigmas[:S], sigmas[:S], sigmas[:S], sigmas[1 : S + 1])  # (S,); v and x do not matter, so any will do
+    step_weights = sampler.step_weights(args.step_weights, stds, sigmas[1 : S + 1] - sigmas[:S])
 
-    # What a rollout fills, made once: two iterations' are never held at a time
+    # What a rollout fills, reused in every iteration
     shape = sampler.latent_shape(pipe, args.resolution)
     trajectory = torch.empty(B, args.steps + 1, *shape, device=args.device)  # x_0 ... x_T
     log_prob_old = torch.empty(B, S, device=args.device)
 
     def velocity(b, k):
-        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,). Rows that share a state share a call."""
+        """v (n, C, H, W) of trajectories b (n,) at steps k (n,), for this iteration's text. Equal states are computed once."""
         b = torch.where(k == 0, b - b % G, b)  # at step 0 a group has one state, its noise: that of its first trajectory
-        (b, k), state = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
+        (b, k), inverse = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
         v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
-        return v.index_select(0, state)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
+        return v.index_select(0, inverse)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
 
     first_iteration = run.start(optimizer)  # 0 after scoring the base model, or where an interrupted run left off
     for iteration in run.iterations(first_iteration):
@@ -218,10 +218,10 @@ if __name__ == "__main__":
         text = sampler.encode(pipe, prompts, args)
 
         # Roll out: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
-        start, noise = sampler.rollout_noise(args, iteration, range(rank * P, (rank + 1) * P), shape)
+        start, noise = sampler.rollout_noise(args, iteration, range(rank * P, (rank + 1) * P), shape)  # on the CPU
         trajectory[:, 0] = start.to(args.device)[group]
         with torch.no_grad():
-            for rows in sampler.batches(everyone, args.micro_batch):
+            for rows in sampler.batches(own, args.micro_batch):
                 for k in range(args.steps):
                     x, v = trajectory[rows, k], velocity(rows, torch.full_like(rows, k))
                     if k < S:
@@ -240,7 +240,7 @@ if __name__ == "__main__":
         scores = machine.gather(reward_function.score(images, prompt_of).to(args.device))
         run.lap("reward")
 
-        # Credit: advantages; a trajectory without any would train nothing
+        # Credit: advantages; a trajectory whose advantages are all 0 is left out
         advantages = group_advantages(scores, G, args.global_std)
         kept = advantages.nonzero()[:, 0].unique().cpu().numpy()
         advantages = advantages[mine.start : mine.stop]
@@ -252,16 +252,16 @@ if __name__ == "__main__":
         else:
             plans = [adaptive_chunks(curve, args.max_chunk) for curve in curves]
 
-        # Update, in --updates parts; every process draws for all trajectories and trains its own
+        # Update, in --updates parts; all processes draw the same for all trajectories, and each trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
             chunks = []
-            for b in part.tolist():
+            for b in part.tolist():  # numbers among those of all processes
                 drawn = draw_chunks(plans[b], curves[b], args.chunk_fraction, args.weighted, rng)
-                weight = 1 / (len(part) * len(drawn))  # for the mean over trajectories of the mean over their chunks
-                chunks += [Chunk(b - mine.start, first, size, weight) for first, size in drawn if b in mine]
+                if b in mine:  # weighted so that the sum is a mean over trajectories of the mean over their chunks
+                    chunks += [Chunk(b - mine.start, first, size, 1 / (len(part) * len(drawn))) for first, size in drawn]
             for micro in batch_chunks(chunks, args.micro_batch):
                 sizes, weight = [c.size for c in micro], torch.tensor([c.weight for c in micro], device=args.device)
-                k, b = torch.tensor([(k, c.b) for c in micro for k in range(c.first, c.first + c.size)], device=args.device).T
+                b, k = torch.tensor([(c.b, k) for c in micro for k in range(c.first, c.first + c.size)], device=args.device).T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
                 v = velocity(b, k)
                 log_prob_new = step_log_prob(v, x, x_next, sigma, sigma_next, step_weights[k])
@@ -279,7 +279,7 @@ if __name__ == "__main__":
                 loss.backward()
                 run.average({f"losses/policy_{update}": surrogate, f"losses/ratio_{update}": ratio}, weight)
                 run.average({f"losses/clip_fraction_{update}": ((ratio - 1).abs() > args.clip).float()}, weight)
-            if len(part):
+            if len(part):  # as on all other processes
                 machine.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 run.require_finite(norm)
@@ -292,7 +292,7 @@ if __name__ == "__main__":
         metrics = {"charts/reward": scores.mean().item(), "charts/images_with_signal": len(kept) / len(scores)}
         metrics |= {"chunks/sizes": np.concatenate(plans)} | {f"chunks/distance_{k}": d for k, d in enumerate(curves.mean(0))}
         run.log(done, metrics)
-        run.evaluate(done)  # on the held-out prompts, every --eval-every iterations
-        run.save(done)  # every --save-every iterations
+        run.evaluate(done)  # on the held-out prompts, every --eval-every iterations and after the last
+        run.save(done)  # every --save-every iterations and after the last
         run.stop_if_asked(done)  # after Ctrl-C
     run.report()

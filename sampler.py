@@ -72,7 +72,7 @@ def sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde):
 
     v and x are (B, ...), sigma and sigma_next (B,), or one number for all rows; with eta = 0 every kind is the Euler step
     x + v dt of the ODE. Where sigma = 1 the formulas of `flow` and `ddim` are singular or zero and sigma_max = sigmas[1]
-    stands in.
+    stands in. x0 and x1 are the image and the noise that v points from and to, not the states of steps 0 and 1.
 
     flow  Flow-GRPO eq. 9, GCPO eq. 7      dance  DanceGRPO
     cps   Coefficients-Preserving Sampling  ddim  Stepwise-Flow-GRPO
@@ -136,6 +136,29 @@ def rollout_noise(args, iteration, groups, shape):
         start.append(torch.randn(shape, generator=generator))
         steps.append(torch.randn(args.group_size, S, *shape, generator=generator))
     return torch.stack(start), torch.cat(steps)
+
+
+@torch.no_grad()
+def path_kl(pipe, prompts, args):
+    """KL divergence (N,) in nats of the stochastic path of N prompts from that of the model without LoRA, one path each.
+
+    sum_k ||mean_k - mean_k without the LoRA||² / (2 std_k²) along a path that the LoRA draws, always from the same noise: a sum
+    over steps and dimensions, where the scripts' log-probabilities and their KL_k are means over dimensions.
+    """
+    text, sigmas, kl = encode(pipe, prompts, args), schedule(pipe, args.steps, args.device), torch.zeros(len(prompts))
+    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)
+    shape = args.steps - args.ode_steps + 1, len(prompts), *latent_shape(pipe, args.resolution)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(12345))  # to start from, and for each step
+    for rows in batches(torch.arange(len(prompts)), args.micro_batch):
+        x = noise[0, rows].to(args.device)
+        for k, drawn in enumerate(noise[1:, rows].to(args.device)):
+            inputs = pipe, x, sigmas[k].expand(len(rows)), text.rows(rows), args
+            mean, std = sde_step(velocity(*inputs), x, sigmas[k], sigmas[k + 1], **kernel)
+            with families.adapter_off(pipe):
+                mean_ref, _ = sde_step(velocity(*inputs), x, sigmas[k], sigmas[k + 1], **kernel)
+            kl[rows] += ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).sum(1).cpu()
+            x = mean + std * drawn
+    return kl
 
 
 @torch.no_grad()

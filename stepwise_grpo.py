@@ -5,13 +5,13 @@
     torchrun --nproc-per-node 8 stepwise_grpo.py --model sd3 --prompts 48 --group-size 24
 
 The first S of T steps follow an SDE in place of the flow's ODE: step k < S draws x_{k+1} ~ N(mean_k, std_k² I), so it has a
-likelihood (its log is a mean, not a sum, over the latent's dimensions) and ratio_k = p_new(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
-G images of one prompt, started from the same noise, form a group; rewards are compared within it.
+likelihood p (log p is averaged, not summed, over the latent's dimensions) and ratio_k = (p_new / p_old)(x_{k+1} | x_k)^w_k, where
+w_k is 1 without --step-weights. G images of one prompt, from the same noise, form a group; rewards are compared within it.
 
     R_k  = reward of x0_hat(x_k), the image that state x_k is estimated to become
     g_k  = R_{k+1} - R_k, the gain of step k; over a trajectory the gains add up to R_S - R_0, and R_0 is the group's
     A_k  = (g_k - mean of the group's gains) / (their std + 1e-4), over images and steps together
-    loss = mean over trajectories and trained steps k of max(-A_k ratio_k, -A_k clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
+    loss = mean over steps k of trajectories with an A_k ≠ 0 of max(-A_k ratio_k, -A_k clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 """
 
@@ -33,7 +33,7 @@ import sampler
 
 
 @dataclass
-class Args(arguments.Training):
+class Args(arguments.Training):  # which has the flags that all three scripts share
     iterations: int = 150
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
@@ -107,7 +107,7 @@ def log_prob(x_next, mean, std):
 def transition_log_prob(v, x, x_next, sigma, sigma_next, weight, sigma_max, eta, sde):
     """Log-probability (B,) of the step from x to x_next (B, ...) at velocity v, times its weight: one pass over the latents.
 
-    Rollout and training call this one function, so that its rounding is the same and the ratio starts at 1.
+    Rollout and training call this one function, so that its rounding is the same, as v's is (sampler.velocity): ratios start at 1.
     """
     mean, std = sampler.sde_step(v, x, sigma, sigma_next, sigma_max, eta, sde)
     return weight * log_prob(x_next, mean, std)
@@ -125,10 +125,10 @@ if __name__ == "__main__":
 
     # Under torchrun every process samples whole groups of its own; advantages and gradients are those of all together
     S, G, P = args.steps - args.ode_steps, args.group_size, args.prompts // world
-    B = P * G  # trajectories of this process: `mine` of the world's, in group-major order
-    mine = range(rank * B, (rank + 1) * B)
-    everyone = torch.arange(B, device=args.device)
-    group = everyone // G  # (B,) prompt of each trajectory
+    B = P * G  # trajectories of this process, in group-major order
+    mine = range(rank * B, (rank + 1) * B)  # their numbers among those of all processes
+    own = torch.arange(B, device=args.device)  # their numbers here
+    group = own // G  # (B,) prompt of each trajectory
 
     # Optimizer, prompts, noise schedule, and the kernel with its constants filled in
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
@@ -136,23 +136,23 @@ if __name__ == "__main__":
     reward_function = rewards.build(args.reward)
     train_prompts, _ = rewards.prompt_set(args)
     sigmas = sampler.schedule(pipe, args.steps, args.device)
-    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)
+    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)  # for sigma_max see sampler.sde_step
     sde_step, step_log_prob = partial(sampler.sde_step, **kernel), partial(transition_log_prob, **kernel)
-    _, std = sde_step(sigmas[:S], sigmas[:S], sigmas[:S], sigmas[1 : S + 1])  # (S,), the same for any v and x
-    step_weights = sampler.step_weights(args.step_weights, std, sigmas[1 : S + 1] - sigmas[:S])
+    _, stds = sde_step(sigmas[:S], sigmas[:S], sigmas[:S], sigmas[1 : S + 1])  # (S,); v and x do not matter, so any will do
+    step_weights = sampler.step_weights(args.step_weights, stds, sigmas[1 : S + 1] - sigmas[:S])
 
-    # What a rollout fills, made once: two iterations' are never held at a time
+    # What a rollout fills, reused in every iteration
     shape = sampler.latent_shape(pipe, args.resolution)
     trajectory = torch.empty(B, args.steps + 1, *shape, device=args.device)  # x_0 ... x_T
     velocities = torch.empty(B, S, *shape, device=args.device)
     log_prob_old = torch.empty(B, S, device=args.device)
 
     def velocity(b, k):
-        """v (n, C, H, W) of the trajectories b (n,) at their steps k (n,). Rows that share a state share a call."""
+        """v (n, C, H, W) of trajectories b (n,) at steps k (n,), for this iteration's text. Equal states are computed once."""
         b = torch.where(k == 0, b - b % G, b)  # at step 0 a group has one state, its noise: that of its first trajectory
-        (b, k), state = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
+        (b, k), inverse = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
         v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
-        return v.index_select(0, state)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
+        return v.index_select(0, inverse)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
 
     first_iteration = run.start(optimizer)  # 0 after scoring the base model, or where an interrupted run left off
     for iteration in run.iterations(first_iteration):
@@ -164,10 +164,10 @@ if __name__ == "__main__":
         text = sampler.encode(pipe, prompts, args)
 
         # Roll out: x_0 is the group's noise, step k < S draws x_{k+1}, the others follow the ODE
-        start, noise = sampler.rollout_noise(args, iteration, range(rank * P, (rank + 1) * P), shape)
+        start, noise = sampler.rollout_noise(args, iteration, range(rank * P, (rank + 1) * P), shape)  # on the CPU
         trajectory[:, 0] = start.to(args.device)[group]
         with torch.no_grad():
-            for rows in sampler.batches(everyone, args.micro_batch):
+            for rows in sampler.batches(own, args.micro_batch):
                 for k in range(args.steps):
                     x, v = trajectory[rows, k], velocity(rows, torch.full_like(rows, k))
                     if k < S:
@@ -184,7 +184,7 @@ if __name__ == "__main__":
         # Judge: the reward of every state, by the image that it is estimated to become; a group's x_0 is judged once
         state_rewards, estimates = torch.empty(B, S + 1, device=args.device), []
         for k in range(S + 1):
-            for rows in sampler.batches(everyone[::G] if k == 0 else everyone, args.micro_batch):
+            for rows in sampler.batches(own[::G] if k == 0 else own, args.micro_batch):
                 x, x0_hat = trajectory[rows, k], trajectory[rows, -1]  # from x_S on there is only the ODE, to the image itself
                 if k < S:
                     x0_hat = estimate_x0(pipe, x, velocities[rows, k], k, sigmas, text.rows(group[rows]), args.substeps, args)
@@ -196,17 +196,17 @@ if __name__ == "__main__":
         scores, step_gains = state_rewards[:, -1], gains(state_rewards)
         run.lap("reward")
 
-        # Credit: advantages; a trajectory without any would train nothing
+        # Credit: advantages; a trajectory whose advantages are all 0 is left out
         advantages = gain_advantages(step_gains, G, args.normalize)
         kept = advantages.nonzero()[:, 0].unique().cpu().numpy()
         advantages = advantages[mine.start : mine.stop]
 
-        # Update, in --updates parts; every process draws for all trajectories and trains its own
+        # Update, in --updates parts; all processes draw the same for all trajectories, and each trains its own
         for update, part in enumerate(np.array_split(rng.permutation(kept), args.updates)):
-            weight = 1 / max(len(part) * S, 1)  # for the mean over all pairs, of which a micro-batch has only some
-            pairs = [(k, b - mine.start) for k in range(S) for b in sorted(part.tolist()) if b in mine]
+            weight = 1 / max(len(part) * S, 1)  # makes the sum over micro-batches and processes a mean over pairs
+            pairs = [(b - mine.start, k) for k in range(S) for b in sorted(part.tolist()) if b in mine]
             for micro in sampler.batches(torch.tensor(pairs, device=args.device), args.micro_batch):
-                k, b = micro.T
+                b, k = micro.T
                 x, x_next, sigma, sigma_next = trajectory[b, k], trajectory[b, k + 1], sigmas[k], sigmas[k + 1]
                 v = velocity(b, k)
                 log_prob_new = step_log_prob(v, x, x_next, sigma, sigma_next, step_weights[k])
@@ -223,7 +223,7 @@ if __name__ == "__main__":
                 loss.backward()
                 run.average({f"losses/policy_{update}": surrogate, f"losses/ratio_{update}": ratio}, weight)
                 run.average({f"losses/clip_fraction_{update}": ((ratio - 1).abs() > args.clip).float()}, weight)
-            if len(part):
+            if len(part):  # as on all other processes
                 machine.sum_over_processes(parameters)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 run.require_finite(norm)
@@ -238,7 +238,7 @@ if __name__ == "__main__":
         run.log(done, metrics)
         if run.evaluates(done):
             run.picture("tweedie", done, torch.stack(estimates), [f"reward {r:.2f}" for r in state_rewards[0].tolist()], S + 1)
-        run.evaluate(done)  # on the held-out prompts, every --eval-every iterations
-        run.save(done)  # every --save-every iterations
+        run.evaluate(done)  # on the held-out prompts, every --eval-every iterations and after the last
+        run.save(done)  # every --save-every iterations and after the last
         run.stop_if_asked(done)  # after Ctrl-C
     run.report()

@@ -11,7 +11,7 @@ from machine import fail
 
 ROOT = Path(__file__).parent.parent
 
-ARGS = "class Args(arguments.Training):\n"
+ARGS = "class Args(arguments.Training):  # which has the flags that all three scripts share\n"
 ADVANTAGES = "        advantages = gain_advantages(step_gains, G, args.normalize)\n"
 
 # {variant: (script, {text: what replaces it})}

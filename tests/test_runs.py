@@ -254,7 +254,11 @@ def test_the_pipeline_that_ships_draws_in_stock_diffusers():
     assert sum(f.stat().st_size for f in (miniature.FOLDER).rglob("*")) < 12e6
 
 
-def test_pretraining_makes_a_pipeline_and_resumes(tmp_path):
+def test_pretraining_makes_a_pipeline_and_resumes(tmp_path, monkeypatch):
+    render = pretrain.render_scenes
+    monkeypatch.setattr(pretrain, "render_scenes", lambda n, seed: render(100, seed))
+    evaluate = pretrain.evaluate
+    monkeypatch.setattr(pretrain, "evaluate", lambda pipe, steps: evaluate(pipe, 2))
     small = dict(vae_steps=2, vae_batch=2, steps=2, batch=8, scenes=3000, loosen_steps=1, eval_every=2)
     pretrain.main(pretrain.Args(output_dir=tmp_path / "mini", **small))
     pretrain.main(pretrain.Args(output_dir=tmp_path / "mini", **{**small, "steps": 3, "loosen_steps": 2}))

@@ -1,5 +1,7 @@
 """The sampler against stock diffusers, its noise, and its hybrid of tuned and base model."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -50,3 +52,52 @@ def test_training_prompts_are_drawn_from_every_category():
     drawn = rewards.sample_prompts(shapes.TRAIN, 600, np.random.default_rng(0))
     counts = np.unique([shapes.SPECS[p].category for p in drawn], return_counts=True)[1]
     assert len(counts) == 6 and counts.min() > 70 and len(set(drawn)) > 100
+
+
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_the_kl_of_a_path_in_closed_form_and_as_the_mean_log_ratio(sde, monkeypatch):
+    """Of a policy whose velocity is the model's plus a number, so that its steps' means differ by a number of stds in each of
+    D dimensions; and of one whose difference depends on x, by the log ratios of paths that it draws."""
+    args = grpo.Args(device="cpu", dtype="float32", steps=5, ode_steps=2, sde=sde, eta=0.6, micro_batch=4000)
+    pipe = families.load_pipeline(args)
+    sigmas, S = sampler.schedule(pipe, args.steps), 3
+    tuned, paths = [True], []
+
+    @contextmanager
+    def adapter_off(_):
+        tuned[0] = False
+        yield
+        tuned[0] = True
+
+    def velocity(pipe, x, sigma, text, args):
+        paths.append(x)
+        return -x + (moved(x) if tuned[0] else 0)
+
+    monkeypatch.setattr(families, "adapter_off", adapter_off)
+    monkeypatch.setattr(sampler, "velocity", velocity)
+    monkeypatch.setattr(sampler, "latent_shape", lambda *_: (1, 2, 3))
+    kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=sde)
+
+    def step(k, x, v):
+        return sampler.sde_step(v, x, sigmas[k], sigmas[k + 1], **kernel)
+
+    moved = lambda x: torch.full_like(x, 0.3)
+    one = torch.ones(1, 1)
+    by_hand = [((step(k, one, 0.3 * one)[0] - step(k, one, 0 * one)[0]) / step(k, one, one)[1]) ** 2 / 2 * 6 for k in range(S)]
+    found = sampler.path_kl(pipe, ["a circle"] * 2, args)
+    assert found.tolist() == pytest.approx([sum(by_hand).item()] * 2, rel=1e-4)
+
+    moved = lambda x: x.tanh()
+    paths.clear()
+    found = sampler.path_kl(pipe, ["a circle"] * 4000, args)
+    states, ratios = paths[::2], []
+    for k in range(S - 1):  # the last state is not asked for its velocity
+        x = states[k]
+        log_p = [grpo.log_prob(states[k + 1], *step(k, x, -x + d)) * 6 for d in (moved(x), 0)]
+        ratios.append(log_p[0] - log_p[1])
+    last = states[-1]
+    (mean, std), (mean_ref, _) = (step(2, last, -last + d) for d in (moved(last), 0))
+    rest = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).sum(1)
+    estimate = sum(ratios) + rest
+    error = (estimate - found).std() / len(found) ** 0.5
+    assert abs(estimate.mean() - found.mean()) < 3 * error and error < 0.05 * found.mean()
