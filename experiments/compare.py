@@ -77,7 +77,7 @@ GCPO_WEIGHTS = "1.31 1.10 1.08 1.08 1.07 1.09 1.11 1.13 1.16 1.19 1.22 1.23 0.79
 KERNELS = {"flow": "--sde flow --eta 0.7", "ddim": "--sde ddim --eta 0.8"}
 SCRIPTS = {"grpo": "grpo", "gcpo": "gcpo", "stepwise": "stepwise_grpo"}
 WEIGHTS = {"": "--step-weights none", " std2": "--step-weights std2"}
-LENGTH_17 = "--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8"
+LENGTH_17 = "--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8 --beta 0"
 CPS = "--sde cps --eta 0.8 --step-weights none"
 
 SETTINGS = {
@@ -116,6 +116,8 @@ SETTINGS = {
             "--sde flow --eta 0.7 --ode-steps 1",
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.003 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.01 --dtype float32",
+            "--sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --dtype float32",
+            "--sde flow --eta 0.7 --ode-steps 2 --beta 0.001 --dtype float32",
         )
     }),
     "tuning": Setting("tuning at the scripts' defaults", (100,), "--iterations 60", {
@@ -154,9 +156,14 @@ SETTINGS = {
         f"{kernel}: {name}{weight}": f"{script} {flags} {own}{' --max-chunk 4' * (name == 'gcpo')}"
         for kernel, flags in KERNELS.items() for weight, own in WEIGHTS.items() for name, script in SCRIPTS.items()
     }),
-    "six": Setting("T = 6, five or the three early steps trained", range(20, 25), "--iterations 60 --sde cps --eta 0.8", {
+    "six": Setting("T = 6, five or the three early steps trained", range(20, 25), "--iterations 60 --sde cps --eta 0.8 --beta 0", {
         f"{name}{weight}, {6 - ode} steps": f"{script} --ode-steps {ode} {own}"
         for ode in (1, 3) for weight, own in WEIGHTS.items() for name, script in SCRIPTS.items()
+    }),
+    "hacking": Setting("two judges made of preferences", range(20, 25), "--iterations 100 --sde cps --eta 0.8 --ode-steps 3", {
+        "poor judge": "gcpo --reward preference-poor --beta 0",
+        "good judge": "gcpo --reward preference --beta 0",
+        "poor judge, beta 0.01": "gcpo --reward preference-poor --beta 0.01",
     }),
     "frontier": Setting("score against variety by beta", (20, 21, 22), "", {
         f"{name}, beta {beta}": f"{script} --beta {beta}"
@@ -167,7 +174,7 @@ SETTINGS = {
 # Planned before the runs: {setting: [(method, against, what is claimed)]}. A setting that is not here tests each method, and every
 # setting someone's own, against its first.
 CONTRASTS = {
-    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [],
+    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [], "hacking": [],
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
         ("gcpo", "grpo", "differs"),
@@ -255,13 +262,17 @@ def command(setting, method):
     return [script if script.endswith(".py") else f"{script}.py", *SETTINGS[setting].flags.split(), *own]
 
 
+def folder_name(setting, method, seed):
+    words = SETTINGS[setting].methods.get(method, method).replace("--", "")
+    return "-".join([setting, *re.findall(r"[\w.]+", words), str(seed)])
+
+
 def run(setting, method, seed, runs_dir, alone=False):
     """Trains, or goes on with an interrupted run, and gives its row of the table; RuntimeError says how a run failed."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py"))
     script, *flags = command(setting, method)
-    name = SETTINGS[setting].methods.get(method, method).replace("--", "")
-    folder = runs_dir / "-".join([setting, *re.findall(r"[\w.]+", name), str(seed)])
+    folder = runs_dir / folder_name(setting, method, seed)
     if not (folder / "result.json").exists():
         runs_dir.mkdir(parents=True, exist_ok=True)
         where = ["--resume", folder] if (folder / "args.json").exists() else ["--output-dir", folder, "--seed", str(seed), *flags]

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 import rewards
+from experiments import hacking
 from miniature import FOLDER, preference, shapes
 
 FILES = sorted(FOLDER.parent.glob("preference*.safetensors"))
@@ -187,3 +188,15 @@ def test_bad_flags_are_answered(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         preference.main(preference.Args(**flags))
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_hacked_run_is_one_whose_gold_falls_while_the_proxy_rises():
+    def found(gold, proxy):
+        gold, proxy = np.array(gold), np.array(proxy)
+        return hacking.verdict(dict(iteration=np.arange(len(gold)) * 10.0, gold=gold, proxy=proxy, variety=gold, kl=proxy))
+
+    rising, late = np.linspace(0, 1, 6), [0.4, 0.62, 0.7, 0.68, 0.6, 0.55]
+    verdict = found(late, rising)
+    assert verdict["hacked"] and verdict["peak"] == pytest.approx(2 / 3) and verdict["peak_iteration"] == 20
+    assert verdict["end"] == pytest.approx(0.61) and verdict["kl"] == verdict["proxy_at_end"] == pytest.approx(0.8)
+    assert not found(late, -rising)["hacked"] and not found([0.4, 0.6, 0.7, 0.7, 0.66, 0.6], rising)["hacked"]

@@ -1,0 +1,109 @@
+"""Two judges made of preferences, followed from the base model until they are fooled: proxy, gold and variety along training.
+
+    python -m experiments.compare --settings hacking --jobs 2    # the runs
+    python -m experiments.hacking                                # this report on them
+
+The proxy is the judge's score, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by DROP
+below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
+evaluations. Writes hacking.csv, a row for each evaluation of each run, and hacking.png; runs whose folders are gone are read from
+the former.
+"""
+
+import csv
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from bookkeeping import read_scalars, replacing
+from experiments import compare
+from machine import fail
+
+DROP = 0.05
+TAGS = dict(proxy="charts/held_out_reward", gold="charts/held_out_score", variety="charts/variety", kl="charts/path_kl")
+COLUMNS = ("arm", "seed", "iteration", *TAGS)
+
+
+@dataclass
+class Args:
+    output_dir: Path = Path("experiments/results")
+    """folder of hacking.csv and hacking.png"""
+    runs_dir: Path = Path("runs/compare")
+    """folder of the runs"""
+
+
+def read(args):
+    """{(arm, seed): {iteration, proxy, gold, variety, kl: (evaluations,)}} of the runs that are done, and of hacking.csv."""
+    curves, table = {}, defaultdict(list)
+    if (args.output_dir / "hacking.csv").exists():
+        with open(args.output_dir / "hacking.csv", newline="") as file:
+            for row in csv.DictReader(file):
+                table[row["arm"], int(row["seed"])].append([float(row[name]) for name in COLUMNS[2:]])
+    for run, rows in table.items():
+        curves[run] = dict(zip(COLUMNS[2:], np.array(rows).T))
+    for arm in compare.SETTINGS["hacking"].methods:
+        for seed in compare.SETTINGS["hacking"].seeds:
+            folder = args.runs_dir / compare.folder_name("hacking", arm, seed)
+            if (folder / "result.json").exists():
+                scalars = read_scalars(folder)
+                points = {name: dict(scalars[tag]) for name, tag in TAGS.items()}
+                steps = sorted(set.intersection(*(set(values) for values in points.values())))
+                values = {name: np.array([points[name][step] for step in steps]) for name in TAGS}
+                curves[arm, seed] = {"iteration": np.array(steps, float)} | values
+    return dict(sorted(curves.items()))
+
+
+def verdict(curve):
+    """{peak, peak_iteration, end, proxy_at_peak, proxy_at_end, variety, kl, hacked} of a run, means over three evaluations."""
+    smooth = {name: np.convolve(values, np.ones(3) / 3, "valid") for name, values in curve.items()}
+    at = smooth["gold"].argmax()
+    found = dict(peak=smooth["gold"][at], peak_iteration=smooth["iteration"][at], end=smooth["gold"][-1])
+    found |= dict(proxy_at_peak=smooth["proxy"][at], proxy_at_end=smooth["proxy"][-1])
+    found |= dict(variety=smooth["variety"][-1], kl=smooth["kl"][-1])
+    fooled = found["end"] <= found["peak"] - DROP and found["proxy_at_end"] > found["proxy_at_peak"]
+    return found | dict(hacked=bool(fooled))
+
+
+def draw(curves, path):
+    """Proxy, gold and variety against the square root of the path's KL, a thin line a run."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    arms = list(dict.fromkeys(arm for arm, _ in curves))
+    titles = dict(proxy="proxy: the judge's score", gold="gold: share of images fully correct", variety="variety")
+    for axis, (name, title) in zip(axes, titles.items()):
+        for (arm, seed), curve in curves.items():
+            label = arm if seed == min(s for a, s in curves if a == arm) else None
+            axis.plot(curve["kl"] ** 0.5, curve[name], color=f"C{arms.index(arm)}", linewidth=1, alpha=0.8, label=label)
+        axis.set(xlabel="distance from the base model, √KL in √nats", title=title)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    curves = read(args)
+    if not curves:
+        fail(f"{args.runs_dir} has no finished run of the setting hacking; make them with python -m experiments.compare")
+    rows = [
+        dict(arm=arm, seed=seed, **{name: f"{curve[name][i]:.5g}" for name in COLUMNS[2:]})
+        for (arm, seed), curve in curves.items()
+        for i in range(len(curve["iteration"]))
+    ]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    compare.write_table(args.output_dir / "hacking.csv", rows)
+    draw(curves, args.output_dir / "hacking.png")
+    for arm in dict.fromkeys(arm for arm, _ in curves):
+        found = {seed: verdict(curve) for (a, seed), curve in curves.items() if a == arm}
+        print(f"{arm}: hacked in {sum(f['hacked'] for f in found.values())} of {len(found)} runs")
+        for seed, f in found.items():
+            text = "gold {peak:.3f} around iteration {peak_iteration:.0f}, {end:.3f} at the end; proxy {proxy_at_peak:.3f} and "
+            text += "{proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
+            print(f"  seed {seed}: {text.format(**f)}")
