@@ -1,11 +1,11 @@
 """The scripts at the real size of Stable Diffusion 3.5 medium and FLUX.2 klein, with random weights, and what a GPU has to hold.
 
     python -m experiments.full_size                         # every part that experiments/results/full_size.json lacks
-    python -m experiments.full_size --parts sd3-grpo memory # these; an hour or more each on two CPU cores, memory minutes
+    python -m experiments.full_size --parts sd3-grpo memory # these; several minutes each on two CPU cores
     python -m experiments.full_size --small                 # the same on small models, into runs/full_size-small/: minutes
 
 A part is written down as soon as it is done, and skipped from then on; one that was killed begins again. sd3-... and klein-...
-run a script for an iteration or two (512 x 512, guidance, KL and gradient checkpointing as in the preset, bfloat16) and tell
+run a script for an iteration or two (256 x 256; guidance, KL and gradient checkpointing as in the preset; bfloat16) and tell
 seconds, peak memory, the ratio before the first update, which LoRA matrices did not move, and whether stock diffusers loads the
 LoRA. sd3-resume kills such a run and resumes it, which has to end in the bytes of sd3-grpo. memory adds up, without a GPU, what
 training has to hold: weights from their real shapes, and the most that the tensors of a training step take together, by running
@@ -43,7 +43,7 @@ from experiments.bench import command
 from families.text import Text
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--steps 3 --prompts 1 --group-size 2 --updates 1 --micro-batch 2 --dtype bfloat16 --save-every 1".split()
+FLAGS = "--steps 2 --resolution 256 --prompts 1 --group-size 2 --updates 1 --micro-batch 2 --dtype bfloat16 --save-every 1".split()
 FLAGS += "--reward jpeg-compressibility --eval-images 1 --eval-steps 1".split()
 RUNS = {  # part: family, script, whether compiled, flags
     "sd3-gcpo": ("sd3", "gcpo", False, "--iterations 1 --chunk-size 1"),
