@@ -38,7 +38,7 @@ Chunk = namedtuple("Chunk", "b first size weight")  # `size` steps of trajectory
 
 @dataclass
 class Args(arguments.Training):  # which has the flags that all three scripts share
-    iterations: int = 150
+    iterations: int = 130
     """rollouts, each followed by --updates optimizer steps"""
     prompts: int = 16
     """P: prompts per iteration, over all processes"""
@@ -46,11 +46,11 @@ class Args(arguments.Training):  # which has the flags that all three scripts sh
     """G: images per prompt, from the same initial noise"""
     steps: int = 6
     """T: denoising steps"""
-    ode_steps: int = 3
+    ode_steps: int = 2
     """the last of these T follow the ODE; the S before them are stochastic and trained"""
-    eta: float = 0.8
+    eta: float = 0.7
     """strength of the noise that sampling adds"""
-    sde: sampler.SDE = "cps"
+    sde: sampler.SDE = "flow"
     """transition kernel, see sampler.sde_step"""
     step_weights: sampler.STEP_WEIGHTS = "none"
     """weight of each step's log-probability, see sampler.step_weights"""
@@ -58,7 +58,7 @@ class Args(arguments.Training):  # which has the flags that all three scripts sh
     """learning rate of AdamW"""
     clip: float = 3e-4
     """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
-    beta: float = 0.0
+    beta: float = 0.003
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
     """optimizer steps per rollout; all but the first are off-policy, which is what the clip is for"""

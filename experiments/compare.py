@@ -79,9 +79,10 @@ SCRIPTS = {"grpo": "grpo", "gcpo": "gcpo", "stepwise": "stepwise_grpo"}
 WEIGHTS = {"": "--step-weights none", " std2": "--step-weights std2"}
 LENGTH_17 = "--iterations 60 --steps 17 --ode-steps 1 --prompts 8 --group-size 8 --beta 0"
 CPS = "--sde cps --eta 0.8 --step-weights none"
+EARLY = "--sde cps --eta 0.8 --ode-steps 3 --beta 0"
 
 SETTINGS = {
-    "default": Setting("the scripts' defaults, 60 iterations", range(5), "--iterations 60", {
+    "default": Setting("T = 6, the three early steps trained", range(5), f"--iterations 60 {EARLY}", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",
@@ -90,14 +91,14 @@ SETTINGS = {
         "grpo, ddim": "grpo --sde ddim",
         "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
-    "full": Setting("the scripts' defaults", range(5), "", {"gcpo": "gcpo"}),
-    "all-steps": Setting("T = 6, all steps but the last trained", range(5), "--iterations 100 --ode-steps 1", {
+    "full": Setting("the scripts' defaults", range(20, 25), "", {"gcpo": "gcpo"}),
+    "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
         "stepwise, ddim": "stepwise_grpo --sde ddim",
         "stepwise, cps": "stepwise_grpo --sde cps",
     }),
-    "long": Setting("T = 17, nothing tuned", range(5), LENGTH_17, {
+    "long": Setting("T = 17, nothing tuned", range(5), f"{LENGTH_17} {CPS}", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
         "gcpo, 2 3 4 7": "gcpo --chunks 2 3 4 7",
@@ -110,17 +111,16 @@ SETTINGS = {
         "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
         "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
-    "tuning-variety": Setting("150 iterations, what keeps variety", (100,), "", {
+    "tuning-variety": Setting("150 iterations, what keeps variety", (100,), f"--iterations 150 {EARLY}", {
         f"gcpo {flags}": f"gcpo {flags}" for flags in (
             "--beta 0.01",
             "--sde flow --eta 0.7 --ode-steps 1",
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.003 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.01 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --dtype float32",
-            "--sde flow --eta 0.7 --ode-steps 2 --beta 0.001 --dtype float32",
         )
     }),
-    "tuning": Setting("tuning at the scripts' defaults", (100,), "--iterations 60", {
+    "tuning": Setting("T = 6, the three early steps, rates and clips", (100,), f"--iterations 60 {EARLY}", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
         for script in ("grpo", "gcpo", "stepwise_grpo")
         for lr, clip in (("1e-3", "3e-4"), ("2e-3", "3e-4"), ("4e-3", "3e-4"), ("2e-3", "1e-4"))
@@ -160,10 +160,9 @@ SETTINGS = {
         f"{name}{weight}, {6 - ode} steps": f"{script} --ode-steps {ode} {own}"
         for ode in (1, 3) for weight, own in WEIGHTS.items() for name, script in SCRIPTS.items()
     }),
-    "hacking": Setting("two judges made of preferences", range(20, 25), "--iterations 100 --sde cps --eta 0.8 --ode-steps 3", {
-        "poor judge": "gcpo --reward preference-poor --beta 0",
-        "good judge": "gcpo --reward preference --beta 0",
-        "poor judge, beta 0.01": "gcpo --reward preference-poor --beta 0.01",
+    "hacking": Setting("two judges made of preferences", range(20, 25), f"{EARLY} --eval-images 432", {
+        "poor judge": "gcpo --reward preference-poor --iterations 30 --eval-every 3",
+        "good judge": "gcpo --reward preference --iterations 90 --eval-every 9",
     }),
     "frontier": Setting("score against variety by beta", (20, 21, 22), "", {
         f"{name}, beta {beta}": f"{script} --beta {beta}"

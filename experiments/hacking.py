@@ -5,8 +5,8 @@
 
 The proxy is the judge's score, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by DROP
 below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
-evaluations. Writes hacking.csv, a row for each evaluation of each run, and hacking.png; runs whose folders are gone are read from
-the former.
+evaluations. Variety is nan where hardly an image is right. Writes hacking.csv, a row for each evaluation of each run, and
+hacking.png; runs whose folders are gone are read from the former.
 """
 
 import csv
@@ -53,8 +53,8 @@ def read(args):
             if (folder / "result.json").exists():
                 scalars = read_scalars(folder)
                 points = {name: dict(scalars[tag]) for name, tag in TAGS.items()}
-                steps = sorted(set.intersection(*(set(values) for values in points.values())))
-                values = {name: np.array([points[name][step] for step in steps]) for name in TAGS}
+                steps = sorted(points["gold"])
+                values = {name: np.array([points[name].get(step, np.nan) for step in steps]) for name in TAGS}
                 curves[arm, seed] = {"iteration": np.array(steps, float)} | values
     return dict(sorted(curves.items()))
 

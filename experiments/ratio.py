@@ -1,7 +1,7 @@
 """The ratio after one update, measured: the tables of docs/ratio.md.
 
-    python grpo.py --iterations 1 --updates 1 --ode-steps 1 --step-weights none --eval-images 6 --no-compile --dtype float32 \\
-        --output-dir runs/one-update
+    python grpo.py --iterations 1 --updates 1 --sde cps --eta 0.8 --ode-steps 1 --beta 0 --eval-images 6 --no-compile \\
+        --dtype float32 --output-dir runs/one-update
     python -m experiments.ratio --lora runs/one-update
 
 The new policy is the model with that LoRA, the old one the model without it, from which the run started.

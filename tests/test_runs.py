@@ -30,7 +30,7 @@ from miniature import pretrain
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
 SMALL = "--prompts 2 --group-size 4 --steps 5 --ode-steps 1 --eval-images 12 --updates 2".split()
-SMALL += "--no-compile --dtype float32 --device cpu".split()
+SMALL += "--sde cps --eta 0.8 --beta 0 --no-compile --dtype float32 --device cpu".split()
 
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -316,9 +316,9 @@ def test_pretraining_makes_a_pipeline_and_resumes(tmp_path, monkeypatch):
         ("grpo", "--resume nowhere", "not the folder of a run"),
         ("grpo", "--colour red", "colour"),
         ("gcpo", "--chunk-size 0", "at least 1"),
-        ("gcpo", "--chunk-size 6", "S = 3"),
-        ("gcpo", "--chunks 2 2", "S = 3"),
-        ("gcpo", "--chunks 4 -1", "S = 3"),
+        ("gcpo", "--chunk-size 6", "S = 4"),
+        ("gcpo", "--chunks 2 1", "S = 4"),
+        ("gcpo", "--chunks 5 -1", "S = 4"),
         ("gcpo", "--chunk-size 2 --chunks 3 2", "exclude each other"),
         ("gcpo", "--chunk-fraction 0", "at most 1"),
         ("gcpo", "--max-chunk 0", "at least 1"),
