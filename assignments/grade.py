@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = {1: "likelihood", 2: "group advantages", 3: "ratio and clip", 4: "chunks", 5: "gains", 6: "measuring credit"}
+PARTS = dict(enumerate("likelihood,group advantages,ratio and clip,chunks,gains,measuring credit,a fooled judge".split(","), 1))
 BAR_POINTS = 5
 GRACE = 5  # seconds beyond its limit that a test has to be interrupted in, before its process is ended
 START = 180  # seconds for Python, torch and, with --solution, the scripts to be imported

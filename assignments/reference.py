@@ -10,6 +10,7 @@ import torch
 import bugs
 from gcpo import adaptive_chunks, chunk_log_ratio, fixed_chunks, relative_distance  # noqa: F401, they are graded
 from grpo import clipped_loss, group_advantages, log_prob  # noqa: F401
+from miniature.preference import bradley_terry  # noqa: F401
 from sampler import sde_step  # noqa: F401
 from stepwise_grpo import gain_advantages, gains  # noqa: F401
 
@@ -53,6 +54,14 @@ def sign_agreement(advantages, true_advantages):
     return (product > 0).to(product.dtype).sum() / (product != 0).sum()
 
 
+def path_kl(mean, mean_base, std):
+    return (((mean - mean_base) ** 2).flatten(2).sum(2) / (2 * std**2)).sum(1)
+
+
+def best_of_n(scores, gold):
+    return gold.gather(1, scores.argmax(1, keepdim=True)).mean()
+
+
 ANSWERS = {
     "expected_log_prob": "-(1 + log(2 * pi)) / 2 - log(std)",
     "own_mean_factor": "1 - 1 / G",
@@ -71,6 +80,8 @@ ANSWERS = {
     "true_gradient_variance": "2 * a**2",
     "share_of_step_0": "a**2 / (a**2 + b**2 + c**2)",
     "sign_agreement_of_grpo": "1 / 2 + asin(1 / sqrt(K)) / pi",
+    "bradley_terry_gradient": "-1 / (1 + exp(d))",
+    "best_of_n_kl": "log(n) - (n - 1) / n",
 }
 for number, bug in bugs.BUGS.items():
     ANSWERS |= {f"bug_{number}_line": bug.replacement or bug.line, f"bug_{number}_symptom": bug.symptom}

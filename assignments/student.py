@@ -140,6 +140,24 @@ def sign_agreement(advantages, true_advantages):
     raise NotImplementedError("part 6: write sign_agreement, how often a method's advantage points the right way")
 
 
+# Part 7: a judge that can be fooled
+
+
+def bradley_terry(preferred, other):
+    """Loss, a scalar: -log of the probability of the annotator's answer, mean over N pairs of scores (N,) and (N,)."""
+    raise NotImplementedError("part 7: write bradley_terry, the loss that a judge is fitted by")
+
+
+def path_kl(mean, mean_base, std):
+    """KL (B,) in nats of paths of S Gaussian steps from the base model's: means (B, S, ...) each, std (S,) of both."""
+    raise NotImplementedError("part 7: write path_kl, how far the policy is from the base model")
+
+
+def best_of_n(scores, gold):
+    """Mean gold, a scalar, of the image with the highest score among each caption's n; both are (P, n)."""
+    raise NotImplementedError("part 7: write best_of_n, what a judge's favourites are worth")
+
+
 # Pen and paper, and what a question asks for: a formula in the variables that the sheet names, in Python's notation, such as
 # "sqrt(a**2 + 1) / 2". Of the bugs: the faulty line (for a missing line: the one that should be there), and the symptom's letter.
 ANSWERS = {
@@ -166,4 +184,6 @@ ANSWERS = {
     "true_gradient_variance": "",
     "share_of_step_0": "",
     "sign_agreement_of_grpo": "",
+    "bradley_terry_gradient": "",  # part 7
+    "best_of_n_kl": "",
 }

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
 COURSE = ROOT / "assignments"
@@ -37,13 +38,14 @@ def messages(part, **replaced):
     return [run_part.run_test(test, submission) for test in run_part.tests_of(part)]
 
 
-@pytest.mark.parametrize("part", range(1, 7))
+@pytest.mark.parametrize("part", range(1, 8))
 def test_the_reference_passes_every_test(part):
     assert not any(messages(part))
 
 
-def test_the_course_has_a_hundred_points():
-    assert sum(test.points for part in range(1, 7) for test in run_part.tests_of(part)) == 100
+def test_the_course_has_as_many_points_as_its_readme_says():
+    points = sum(test.points for part in range(1, 8) for test in run_part.tests_of(part))
+    assert points == 112 and "112 + 20 points" in (COURSE / "README.md").read_text()
 
 
 def numbers(text):
@@ -53,8 +55,8 @@ def numbers(text):
 
 def test_the_teacher_has_an_answer_to_every_question():
     notes = re.split(r"(?m)^## ", (COURSE / "teachers.md").read_text())[1:]
-    sheets = sorted(COURSE.glob("[1-6]_*.md"))
-    assert len(notes) == len(sheets) == 6
+    sheets = sorted(COURSE.glob("[1-7]_*.md"))
+    assert len(notes) == len(sheets) == 7
     for sheet, answers in zip(sheets, notes):
         title, questions = sheet.read_text().split("**Questions.**")
         assert answers.startswith(title.splitlines()[0].removeprefix("# "))
@@ -81,7 +83,7 @@ def grade(folder, *arguments):
 
 def test_the_file_as_handed_out_gets_no_points_and_is_told_what_to_write(tmp_path):
     printed, (result,) = grade(tmp_path)
-    assert result["points"] == 0 and result["of"] == 100
+    assert result["points"] == 0 and result["of"] == 112
     tree = ast.parse((COURSE / "student.py").read_text())
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         assert f"write {function.name}," in printed
@@ -111,6 +113,12 @@ def simulated_variety(p, M):
     return (first != second).mean() / (1 - 1 / M)
 
 
+def simulated_best_of_n(n):
+    """KL of the best of n draws from the draws themselves, by the log of the densities' quotient in u, a draw's rank."""
+    best = torch.rand(400_000, int(n), generator=torch.Generator().manual_seed(0), dtype=torch.float64).amax(1)
+    return (math.log(n) + (n - 1) * best.log()).mean().item()
+
+
 def gradient_quotient(std):
     """Gradient of -(x_next - mean)², averaged over dimensions, over that of the course's log_prob."""
     x, mean, std = checks.randn(1, 6), checks.randn(1, 6, seed=1), torch.full((1, 1), std, dtype=torch.float64)
@@ -124,6 +132,7 @@ def gradient_quotient(std):
         ("mean_ratio", simulated_ratio, dict(KL=2.0, D=8), 0.002),  # seven errors of the mean; exp(-KL/D) is 0.03 away
         ("clip_at_other_size", simulated_clip, dict(eps=1e-3, D=64, D_new=256), 3e-5),
         ("variety_with_favourite", simulated_variety, dict(p=0.6, M=6), 0.006),
+        ("best_of_n_kl", simulated_best_of_n, dict(n=8), 0.007),
         ("std2_weight", gradient_quotient, dict(std=0.3), 1e-12),
     ],
 )
@@ -147,6 +156,11 @@ def test_the_reference_is_graded_in_processes_of_its_own(tmp_path):
 
 def on(sigma, x):
     return sigma.view(-1, *[1] * (x.ndim - 1))
+
+
+def kl(of):
+    """path_kl from squares (B, S, D) of the means' differences and std (S,)."""
+    return lambda mean, base, std: of(((mean - base) ** 2).flatten(2), std)
 
 
 def step(mean=lambda mean, std, v, x, dt: mean, std=lambda std, sigma, sigma_next: std):
@@ -417,6 +431,29 @@ WRONG = [
     (6, dict(sign_agreement=lambda a, b: (a * b).sign().sum() / (a * b != 0).sum()), "mean of products"),
     (6, dict(uniform_gradient_variance="3*a**2 + b**2"), "subtract the square of the mean"),
     (6, dict(share_of_step_0="(a**2 + b**2)/(a**2 + b**2 + c**2)"), "is step 1's"),
+    (7, dict(bradley_terry=lambda p, o: F.softplus(p - o).mean()), "the loss falls where"),
+    (7, dict(bradley_terry=lambda p, o: F.logsigmoid(p - o).mean()), "a loss is minus that"),
+    (7, dict(bradley_terry=lambda p, o: F.softplus(o - p).sum()), "the sum over pairs"),
+    (7, dict(bradley_terry=lambda p, o: F.softplus(o - p)), "one number for each pair"),
+    (7, dict(bradley_terry=lambda p, o: (o - p).mean()), "the logistic function is missing"),
+    (7, dict(bradley_terry=lambda p, o: -torch.sigmoid(p - o).mean()), "the logarithm is missing"),
+    (7, dict(bradley_terry=lambda p, o: (1 + (o - p).exp()).log().mean()), "exp overflows there"),
+    (7, dict(bradley_terry=lambda p, o: F.softplus(o - p).mean().detach()), "no gradient flows"),
+    (7, dict(path_kl=kl(lambda squares, std: (squares.mean(2) / (2 * std**2)).sum(1))), "nats are a sum"),
+    (7, dict(path_kl=kl(lambda squares, std: (squares.sum(2) / (2 * std**2)).mean(1))), "the sum of its steps'"),
+    (7, dict(path_kl=kl(lambda squares, std: (squares.sum(2) / std**2).sum(1))), "not by 2 std²"),
+    (7, dict(path_kl=kl(lambda squares, std: (squares.sum(2) / (2 * std)).sum(1))), "the variance is std²"),
+    (7, dict(path_kl=kl(lambda squares, std: squares.sum((1, 2)) / 2)), "the std is missing"),
+    (7, dict(path_kl=kl(lambda squares, std: squares.sum(2) / (2 * std**2))), "one number for each step"),
+    (7, dict(path_kl=kl(lambda squares, std: (squares.sum(2) / (2 * std**2)).sum(1).mean())), "give one number for each"),
+    (7, dict(best_of_n=lambda scores, gold: gold.amax(1).mean()), "the judge chooses, not the truth"),
+    (7, dict(best_of_n=lambda scores, gold: scores.amax(1).mean()), "the gold is asked for"),
+    (7, dict(best_of_n=lambda scores, gold: gold.flatten()[scores.argmax()]), "each caption has its own"),
+    (7, dict(best_of_n=lambda scores, gold: gold.gather(1, scores.argmin(1, keepdim=True)).mean()), "least favourites"),
+    (7, dict(bradley_terry_gradient="1 / (1 + exp(d))"), "the sign is wrong"),
+    (7, dict(bradley_terry_gradient="-1 / (1 + exp(-d))"), "where the judge is sure"),
+    (7, dict(best_of_n_kl="log(n)"), "rank is not fixed"),
+    (7, dict(best_of_n_kl="log(n) + (n - 1) / n"), "sign of the second term"),
 ]  # fmt: skip
 
 
@@ -483,7 +520,7 @@ def test_a_submission_named_like_a_module_is_refused(command, name, owner, tmp_p
     assert f"error: {name}.py has the name of a module of {owner}" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nowhere.py"], ["--only", "7"], ["--limit", "0"], ["--csv", "no/where.csv"]])
+@pytest.mark.parametrize("arguments", [["nowhere.py"], ["--only", "8"], ["--limit", "0"], ["--csv", "no/where.csv"]])
 def test_bad_input_is_answered_with_exit_code_2(arguments, tmp_path):
     command = [sys.executable, COURSE / "grade.py", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
