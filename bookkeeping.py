@@ -302,7 +302,9 @@ class Run:
             return
         found = evaluate(self.pipe, self.args, self.args.eval_steps)
         some = found.prompts[:: max(1, len(found.prompts) // max(32, self.world))][self.rank :: self.world]
-        path_kl = float(np.mean(np.concatenate(gather_objects(sampler.path_kl(self.pipe, some, self.args).numpy()))))
+        path_kl = 0.0  # as long as the LoRA is
+        if done:
+            path_kl = float(np.mean(np.concatenate(gather_objects(sampler.path_kl(self.pipe, some, self.args).numpy()))))
         when, name, picture = ("final", f"iteration {done}", "after") if done else ("base", "base model", "before")
         self.held_out[f"{when}_path_kl"] = path_kl
         self.held_out |= {f"{when}_variety": found.variety}  # None takes the place of an earlier evaluation's

@@ -29,7 +29,7 @@ from miniature import pretrain
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("grpo", "gcpo", "stepwise_grpo")
-SMALL = "--prompts 2 --group-size 4 --steps 5 --ode-steps 1 --eval-images 12 --updates 2".split()
+SMALL = "--prompts 2 --group-size 4 --steps 5 --ode-steps 1 --eval-images 12 --eval-steps 3 --updates 2".split()
 SMALL += "--sde cps --eta 0.8 --beta 0 --no-compile --dtype float32 --device cpu".split()
 
 
