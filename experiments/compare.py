@@ -91,7 +91,7 @@ SETTINGS = {
         "grpo, ddim": "grpo --sde ddim",
         "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
-    "full": Setting("the scripts' defaults", range(20, 25), "", {"gcpo": "gcpo"}),
+    "full": Setting("the scripts' defaults", range(21, 26), "", {"gcpo": "gcpo"}),
     "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
@@ -111,13 +111,14 @@ SETTINGS = {
         "gcpo, half of 2 3 4 7": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5",
         "gcpo, half of 2 3 4 7, weighted": "gcpo --chunks 2 3 4 7 --chunk-fraction 0.5 --weighted",
     }),
-    "tuning-variety": Setting("150 iterations, what keeps variety", (100,), f"--iterations 150 {EARLY}", {
+    "tuning-variety": Setting("what keeps variety", (100,), f"--iterations 150 {EARLY}", {
         f"gcpo {flags}": f"gcpo {flags}" for flags in (
             "--beta 0.01",
             "--sde flow --eta 0.7 --ode-steps 1",
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.003 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.01 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --dtype float32",
+            "--sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130",
         )
     }),
     "tuning": Setting("T = 6, the three early steps, rates and clips", (100,), f"--iterations 60 {EARLY}", {
