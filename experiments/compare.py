@@ -249,11 +249,21 @@ def read_table(path):
     return rows
 
 
+def add_row(path, row):
+    """Adds a run to runs.csv, whose other rows stay as they are, those of older code too."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        file.write(path.read_bytes().decode() if path.exists() else "")
+        writer = csv.DictWriter(file, row.keys())
+        if not path.exists():
+            writer.writeheader()
+        writer.writerow(row | dict(curve=json.dumps(row["curve"].tolist())))
+
+
 def write_table(path, rows):
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
-        writer.writerows(row | ({"curve": json.dumps(row["curve"].tolist())} if "curve" in row else {}) for row in rows)
+        writer.writerows(rows)
 
 
 def command(setting, method):
@@ -475,8 +485,8 @@ if __name__ == "__main__":
                 failed = True
                 print(error, file=sys.stderr)
             else:
-                rows = [*read_table(table), row]  # read again: another program may have added rows meanwhile
-                write_table(table, rows)
+                add_row(table, row)
+                rows = read_table(table)  # all of it: another program may have added rows meanwhile
                 print(len(rows), *jobs[future], " ".join(f"{k} {v:.3f}" for k, v in endpoints(row["curve"]).items()), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -105,13 +105,14 @@ def test_equal_runs_differ_by_nothing():
 def test_older_rows_are_read_and_kept_apart(tmp_path):
     old = row("grpo", 0, 0.4, 0.5, 0.6)
     old["curve"] = old["curve"][:, :3]
-    compare.write_table(tmp_path / "runs.csv", [old, row("grpo", 1, 0.4, 0.5, 0.6)])
-    for _ in range(2):  # the second time as they were written again
-        first, second = rows = compare.read_table(tmp_path / "runs.csv")
-        assert (first["setting"], second["setting"]) == ("default, older code", "default")
-        assert np.isnan(first["curve"][:, 3]).all() and first["curve"][-1, 2] == 0.6
-        assert list(compare.runs_of(rows, "default")["grpo"]) == [1]
-        compare.write_table(tmp_path / "runs.csv", rows)
+    compare.add_row(tmp_path / "runs.csv", old)
+    before = (tmp_path / "runs.csv").read_bytes()
+    compare.add_row(tmp_path / "runs.csv", row("grpo", 1, 0.4, 0.5, 0.6))
+    assert (tmp_path / "runs.csv").read_bytes().startswith(before)
+    first, second = rows = compare.read_table(tmp_path / "runs.csv")
+    assert (first["setting"], second["setting"]) == ("default, older code", "default")
+    assert np.isnan(first["curve"][:, 3]).all() and first["curve"][-1, 2] == 0.6
+    assert list(compare.runs_of(rows, "default")["grpo"]) == [1]
 
 
 def test_every_planned_contrast_is_of_methods_of_its_setting():
@@ -224,7 +225,8 @@ def test_a_run_is_made_once_and_put_down_as_it_was(tmp_path, monkeypatch):
     assert "args.weights" in Path(f"{tmp_path}/runs/{names[1]}.code/grpo_weights.py").read_text()
     assert json.loads((tmp_path / "runs" / names[1] / "result.json").read_text())["algorithm"] == "grpo_weights"
 
-    compare.write_table(tmp_path / "runs.csv", rows)
+    for made in rows:
+        compare.add_row(tmp_path / "runs.csv", made)
     again = compare.read_table(tmp_path / "runs.csv")
     assert [r["seed"] for r in again] == [0, 1] and np.array_equal(again[0]["curve"], rows[0]["curve"], equal_nan=True)
 
@@ -247,7 +249,8 @@ def program(monkeypatch, *flags):
 
 def test_the_program_repeats_nothing_and_reports(tmp_path, monkeypatch, capsys):
     rows = [row(m, s, 0.4, *[0.5 + 0.01 * s + 0.1 * (m != "grpo")] * 3) for m in ("grpo", "gcpo, adaptive") for s in (0, 1)]
-    compare.write_table(tmp_path / "runs.csv", [r | dict(commit="", threads=1) for r in rows])
+    for made in rows:
+        compare.add_row(tmp_path / "runs.csv", made)
     flags = ["--settings", "default", "--seeds", 0, 1, "--methods", "grpo", "gcpo, adaptive", "--output-dir", tmp_path]
     assert program(monkeypatch, *flags) == 0 and "score    +0.100" in capsys.readouterr().out
     with open(tmp_path / "comparison.csv", newline="") as file:
