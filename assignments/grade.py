@@ -2,7 +2,7 @@
 
     python assignments/grade.py                                  # your assignments/student.py
     python assignments/grade.py --only 3                         # one part
-    python assignments/grade.py --train                          # with the training bars of parts 2 to 5, some minutes each
+    python assignments/grade.py --train                          # with the training bars of parts 2 to 5, a minute or two each
     python assignments/grade.py --solution                       # the scripts' own functions
     python assignments/grade.py submissions/ --csv grades.csv    # a folder of submissions, one file each
 

@@ -1,4 +1,4 @@
-"""The functions and answers to write, part by part. The sheets 1_likelihood.md to 6_credit.md say what each of them is.
+"""The functions and answers to write, part by part. The sheets 1_likelihood.md to 7_fooled.md say what each of them is.
 
     python assignments/grade.py --only 1        # the tests of a part
     python assignments/train.py 2               # your functions in a real training run (parts 2 to 5)
