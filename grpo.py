@@ -51,7 +51,7 @@ class Args(arguments.Training):  # which has the flags that all three scripts sh
     """learning rate of AdamW"""
     clip: float = 3e-4
     """eps: how far a ratio may leave 1; tiny beside PPO's 0.2, since a log-probability is a mean over the latent's dimensions"""
-    beta: float = 0.01
+    beta: float = 0.03
     """weight of the KL to the model without LoRA; at 0 it is not computed"""
     updates: int = 2
     """optimizer steps per rollout; all but the first are off-policy, which is what the clip is for"""

@@ -91,7 +91,7 @@ SETTINGS = {
         "grpo, ddim": "grpo --sde ddim",
         "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
-    "full": Setting("the scripts' defaults", range(21, 26), "", {"gcpo": "gcpo"}),
+    "full": Setting("the scripts' defaults", range(23, 28), "", {"gcpo": "gcpo"}),
     "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
@@ -119,6 +119,7 @@ SETTINGS = {
             "--sde flow --eta 0.7 --ode-steps 1 --beta 0.01 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --dtype float32",
             "--sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130",
+            "--sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125",
         )
     }),
     "tuning": Setting("T = 6, the three early steps, rates and clips", (100,), f"--iterations 60 {EARLY}", {
@@ -178,6 +179,7 @@ CONTRASTS = {
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
         ("gcpo", "grpo", "differs"),
+        ("stepwise", "grpo", "differs"),
         ("grpo, gcpo's weights", "gcpo", "same"),  # GCPO is its weights
         ("gcpo", "gcpo, another's plan", "differs"),  # the trajectory's own dynamics
         ("gcpo std2", "grpo std2", "differs"),  # chunks beyond weights
