@@ -8,9 +8,9 @@ The first S of T steps follow an SDE in place of the flow's ODE: step k < S draw
 likelihood p (log p is averaged, not summed, over the latent's dimensions) and ratio_k = (p_new / p_old)(x_{k+1} | x_k)^w_k, where
 w_k is 1 without --step-weights. G images of one prompt, from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4): the advantage of every step
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), clamped to ±5: the advantage of all steps
     r_j  = (product of ratio_k over the cs_j steps k of chunk j)^(1 / cs_j), where cs_1 + ... + cs_K = S         (eq. 15)
-    loss = mean over chunks j of trajectories with A ≠ 0 of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
+    loss = mean over trajectories (A ≠ 0), then chunks j, of max(-A r_j, -A clip(r_j, 1 - eps, 1 + eps)) + beta mean_j KL_k (eq. 14)
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 
 Chunks of one step are GRPO; one chunk of all steps is GSPO's sequence-level ratio.

@@ -8,7 +8,7 @@ The first S of T steps follow an SDE in place of the flow's ODE: step k < S draw
 likelihood p (log p is averaged, not summed, over the latent's dimensions) and ratio_k = (p_new / p_old)(x_{k+1} | x_k)^w_k, where
 w_k is 1 without --step-weights. G images of one prompt, from the same noise, form a group; rewards are compared within it.
 
-    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4): the advantage of every step
+    A    = (r - mean of the group) / (std of the iteration, or of the group, + 1e-4), clamped to ±5: the advantage of all steps
     loss = mean over steps k of trajectories with A ≠ 0 of max(-A ratio_k, -A clip(ratio_k, 1 - eps, 1 + eps)) + beta KL_k
     KL_k = mean over dimensions of (mean_k - mean_k without the LoRA)² / (2 std_k²)
 """

@@ -82,7 +82,13 @@ CPS = "--sde cps --eta 0.8 --step-weights none"
 EARLY = "--sde cps --eta 0.8 --ode-steps 3 --beta 0"
 
 SETTINGS = {
-    "default": Setting("T = 6, the three early steps trained", range(5), f"--iterations 60 {EARLY}", {
+    "default": Setting("the scripts' defaults, 60 iterations", range(20, 25), "--iterations 60", {
+        "grpo": "grpo",
+        "gcpo, adaptive": "gcpo",
+        "gcpo, one chunk": "gcpo --chunk-size 4",
+        "stepwise": "stepwise_grpo",
+    }),
+    "early": Setting("T = 6, the three early steps trained", range(5), f"--iterations 60 {EARLY}", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo",
         "gcpo, one chunk": "gcpo --chunk-size 3",

@@ -278,7 +278,7 @@ def test_a_script_of_ones_own_runs_beside_the_settings_methods(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--settings", "sd3"], "--settings sd3 is not one of default, full, all-steps"),
+        (["--settings", "sd3"], "--settings sd3 is not one of default, early, full, all-steps"),
         (["--methods", "ppo"], "--methods 'ppo' is neither one of"),
         (["--methods", "ppo.py --lr 1"], "nor a script that is there"),
         (["--jobs", "0"], "has no runs to report on"),
