@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 import bookkeeping
 from evaluate import standard_errors
+from experiments import collapse
 from judges import clip, to_uint8
 from miniature import pretrain, shapes
 from miniature.shapes import CELLS, COLOURS, SHAPES, Object
@@ -311,3 +312,18 @@ def test_variety_by_clip_needs_pairs_and_clip(flags, message, monkeypatch, capsy
         evaluate(monkeypatch, "--variety", "clip", "--output-dir", tmp_path / "out", *flags.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "--reward" not in error
+
+
+def test_which_attribute_collapsed_is_told():
+    """Place always the same and colour free, the other way round, and both free: by arithmetic over all 16 looks of a circle."""
+    caption = "a circle"
+    looks = [f"{cell}{colour[0]}ci" for cell in range(4) for colour in shapes.COLOURS]
+    unbiased = (16**2 - 4 * 4**2) / (16 * 15)  # four values, each of four of the 16 images
+    free = collapse.attributes(looks, [caption] * 16, [1] * 16)
+    assert free["place"] == free["colour"] == pytest.approx(unbiased / 0.75) and free["both"] == pytest.approx(1 / (1 - 1 / 16))
+    fixed = collapse.attributes([f"0{look[1:]}" for look in looks], [caption] * 16, [1] * 16)
+    assert fixed["place"] == 0 and fixed["colour"] == free["colour"]
+    fixed = collapse.attributes([f"{look[0]}rci" for look in looks], [caption] * 16, [1] * 16)
+    assert fixed["colour"] == 0 and fixed["place"] == free["place"]
+    wrong = collapse.attributes([*looks, "0rci"], [caption] * 17, [*[1] * 16, 0])
+    assert wrong == free
