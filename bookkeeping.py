@@ -143,6 +143,13 @@ def evaluate(pipe, args, steps, tuned_steps=None):
     return Evaluation(prompts=prompts, categories=categories, images=images, **whole)
 
 
+def path_kl(pipe, args, prompts):
+    """sampler.path_kl, the mean over about 32 of the prompts; the ranks share the work."""
+    rank, world = rank_world()
+    some = prompts[:: max(1, len(prompts) // max(32, world))][rank::world]
+    return float(np.mean(np.concatenate(gather_objects(sampler.path_kl(pipe, some, args).numpy()))))
+
+
 def category_means(scores, categories):
     """{category: mean of its scores}"""
     return {c: float(scores[[c == d for d in categories]].mean()) for c in dict.fromkeys(categories)}
@@ -301,19 +308,16 @@ class Run:
         if not self.evaluates(done):
             return
         found = evaluate(self.pipe, self.args, self.args.eval_steps)
-        some = found.prompts[:: max(1, len(found.prompts) // max(32, self.world))][self.rank :: self.world]
-        path_kl = 0.0  # as long as the LoRA is
-        if done:
-            path_kl = float(np.mean(np.concatenate(gather_objects(sampler.path_kl(self.pipe, some, self.args).numpy()))))
+        kl = path_kl(self.pipe, self.args, found.prompts) if done else 0.0  # as long as the LoRA is
         when, name, picture = ("final", f"iteration {done}", "after") if done else ("base", "base model", "before")
-        self.held_out[f"{when}_path_kl"] = path_kl
+        self.held_out[f"{when}_path_kl"] = kl
         self.held_out |= {f"{when}_variety": found.variety}  # None takes the place of an earlier evaluation's
         self.held_out |= {f"{when}_{figure}": value for figure, value in found.figures.items()}
         self.held_out |= {f"{when}_categories": category_means(found.scores, found.categories)}
         self.held_out["best_score"] = max(found.scores.mean().item(), self.held_out.get("best_score", 0.0))
         self.shown = {figure: f"{value:.3f}" for figure, value in found.figures.items()}
         if self.rank == 0:
-            self.writer.add_scalar("charts/path_kl", path_kl, done)
+            self.writer.add_scalar("charts/path_kl", kl, done)
             for figure, value in found.figures.items():
                 self.writer.add_scalar("charts/variety" if figure == "variety" else f"charts/held_out_{figure}", value, done)
             tqdm.write(f"{name}: held-out " + ", ".join(f"{figure} {value}" for figure, value in self.shown.items()))

@@ -143,15 +143,17 @@ def counted(script, flags, iterations):
         with contextlib.redirect_stdout(io.StringIO()):
             state = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
         n, pipe, args = len(calls), state["pipe"], state["args"]
-        bookkeeping.evaluate(pipe, args, args.eval_steps)
-        evaluation = len(calls) - n
+        prompts = bookkeeping.evaluate(pipe, args, args.eval_steps).prompts
+        first = len(calls) - n
+        bookkeeping.path_kl(pipe, args, prompts)
+        last = len(calls) - n
     pipe.transformer.disable_gradient_checkpointing()
     flops = {}
     for trained in (False, True):
         with FlopCounterMode(display=False) as counter:
             bare_call(pipe, args)(2, trained)
         flops[trained] = counter.get_total_flops() / 2
-    return calls[evaluation : n - evaluation], flops
+    return calls[first : n - last], flops
 
 
 def script_args(script, flags):

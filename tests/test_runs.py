@@ -315,7 +315,7 @@ def test_pretraining_makes_a_pipeline_and_resumes(tmp_path, monkeypatch):
         ("grpo", "--clip -1", "positive"),
         ("grpo", "--beta -1", "from 0 up"),
         ("grpo", "--eta 0", "above 0"),
-        ("grpo", "--eta 1.5", "at most 1"),
+        ("grpo", "--sde cps --eta 1.5", "at most 1"),
         ("grpo", "--step-weights late", "guard"),
         ("grpo", "--output-dir tests", "already holds files"),
         ("grpo", "--output-dir /dev/null/run", "cannot be written"),
