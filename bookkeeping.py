@@ -144,10 +144,13 @@ def evaluate(pipe, args, steps, tuned_steps=None):
 
 
 def path_kl(pipe, args, prompts):
-    """sampler.path_kl, the mean over about 32 of the prompts; the ranks share the work."""
+    """sampler.path_kl, the mean over about 32 of the prompts, always from the same noise; the ranks share the work."""
     rank, world = rank_world()
-    some = prompts[:: max(1, len(prompts) // max(32, world))][rank::world]
-    return float(np.mean(np.concatenate(gather_objects(sampler.path_kl(pipe, some, args).numpy()))))
+    some = prompts[:: max(1, len(prompts) // max(32, world))]
+    shape = len(some), args.steps - args.ode_steps + 1, *sampler.latent_shape(pipe, args.resolution)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(12345))
+    kl = sampler.path_kl(pipe, some[rank::world], noise[rank::world], args)
+    return float(np.mean(np.concatenate(gather_objects(kl.numpy()))))
 
 
 def category_means(scores, categories):

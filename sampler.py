@@ -139,19 +139,17 @@ def rollout_noise(args, iteration, groups, shape):
 
 
 @torch.no_grad()
-def path_kl(pipe, prompts, args):
+def path_kl(pipe, prompts, noise, args):
     """KL divergence (N,) in nats of the stochastic path of N prompts from that of the model without LoRA, one path each.
 
-    sum_k ||mean_k - mean_k without the LoRA||² / (2 std_k²) along a path that the LoRA draws, always from the same noise: a sum
+    sum_k ||mean_k - mean_k without the LoRA||² / (2 std_k²) along a path that the LoRA draws from noise (N, S + 1, C, H, W): a sum
     over steps and dimensions, where the scripts' log-probabilities and their KL_k are means over dimensions.
     """
     text, sigmas, kl = encode(pipe, prompts, args), schedule(pipe, args.steps, args.device), torch.zeros(len(prompts))
     kernel = dict(sigma_max=sigmas[1].item(), eta=args.eta, sde=args.sde)
-    shape = args.steps - args.ode_steps + 1, len(prompts), *latent_shape(pipe, args.resolution)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(12345))  # to start from, and for each step
     for rows in batches(torch.arange(len(prompts)), args.micro_batch):
-        x = noise[0, rows].to(args.device)
-        for k, drawn in enumerate(noise[1:, rows].to(args.device)):
+        x, *noises = noise[rows].to(args.device).unbind(1)
+        for k, drawn in enumerate(noises):
             inputs = pipe, x, sigmas[k].expand(len(rows)), text.rows(rows), args
             mean, std = sde_step(velocity(*inputs), x, sigmas[k], sigmas[k + 1], **kernel)
             with families.adapter_off(pipe):

@@ -36,7 +36,7 @@ FLAGS += ["--beta", "0", "--reward", "jpeg-compressibility"]  # under which ever
 def test_rows_and_flops_are_those_of_what_runs(script, flags, sampled, trained, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     if not flags:  # a path's KL takes calls without the LoRA, which are fewer FLOPs
-        monkeypatch.setattr(sampler, "path_kl", lambda pipe, prompts, args: torch.zeros(len(prompts)))
+        monkeypatch.setattr(sampler, "path_kl", lambda pipe, prompts, noise, args: torch.zeros(len(prompts)))
     with FlopCounterMode(display=False) if not flags else nullcontext() as counter:
         calls, flops = bench.counted(script, [*FLAGS, *flags], 1)
     assert sum(n for n, gradients in calls if not gradients) == sampled

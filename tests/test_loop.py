@@ -74,7 +74,7 @@ def test_rows_that_share_a_state_share_a_call_and_every_row_gets_its_own_velocit
 
     monkeypatch.setattr(sampler, "velocity", velocity)
     monkeypatch.setattr(sampler, "sde_step", step)
-    monkeypatch.setattr(sampler, "path_kl", lambda pipe, prompts, args: torch.zeros(len(prompts)))
+    monkeypatch.setattr(sampler, "path_kl", lambda pipe, prompts, noise, args: torch.zeros(len(prompts)))
     monkeypatch.setattr(sampler, "encode", lambda *a: texts.append(encode(*a)) or texts[-1])
     monkeypatch.setattr(sampler, "rollout_noise", lambda *a: starts.append(rollout_noise(*a)) or starts[-1])
     flags = "--iterations 1 --ode-steps 1 --beta 0 --eval-images 6 --eval-steps 2 --no-compile --dtype float32 --device cpu".split()

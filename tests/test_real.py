@@ -286,7 +286,7 @@ def evaluate(*flags):
 
 
 def test_evaluate_scores_a_run_and_its_hybrids(tmp_path):
-    folder = run("grpo", tmp_path / "run", "--iterations", "2", "--lr", "1e-2")
+    folder = run("grpo", tmp_path / "run", "--iterations", "2", "--lr", "1e-2", "--eval-steps", "6")
     result = json.loads((folder / "result.json").read_text())
     common = ["--dtype", "float32", "--device", "cpu", "--lora", str(folder)]
     scores = {}
