@@ -206,7 +206,7 @@ if __name__ == "__main__":
         b = torch.where(k == 0, b - b % G, b)  # at step 0 a group has one state, its noise: that of its first trajectory
         (b, k), inverse = torch.unique(torch.stack([b, k]), dim=1, return_inverse=True)
         v = sampler.velocity(pipe, trajectory[b, k], sigmas[k], text.rows(group[b]), args)
-        return v.index_select(0, inverse)  # on a CPU its backward pass adds rows in a fixed order, that of v[state] does not
+        return v.index_select(0, inverse)  # on a CPU its backward pass adds rows in a fixed order, that of v[inverse] does not
 
     first_iteration = run.start(optimizer)  # 0 after scoring the base model, or where an interrupted run left off
     for iteration in run.iterations(first_iteration):
@@ -242,7 +242,7 @@ if __name__ == "__main__":
 
         # Credit: advantages; a trajectory whose advantages are all 0 is left out
         advantages = group_advantages(scores, G, args.global_std)
-        kept = advantages.nonzero()[:, 0].unique().cpu().numpy()
+        kept = advantages.nonzero()[:, 0].unique().cpu().numpy()  # numbers of the others, among those of all processes
         advantages = advantages[mine.start : mine.stop]
 
         # Chunks of every trajectory: given, of one size, or adapted to how far it moves at each step

@@ -49,8 +49,8 @@ def resolve_device(args):
         # the forward pass, because gradient checkpointing runs that again during the backward pass.
         torch.backends.cuda.enable_flash_sdp(False)
     if args.dtype == "auto":
-        # On a processor bfloat16 is faster only with AMX: with AVX-512's bfloat16 instructions alone an iteration of the miniature
-        # took 1.4 times as long as in float32.
+        # On a processor only with AMX: on the one measured without it, which has AVX-512's bfloat16 instructions, an iteration of
+        # the miniature took 1.4 times as long in bfloat16 as in float32.
         on_gpu = args.device.startswith("cuda")
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_amx_tile_supported()
         args.dtype = "bfloat16" if fast else "float32"

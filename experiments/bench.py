@@ -144,16 +144,16 @@ def counted(script, flags, iterations):
             state = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
         n, pipe, args = len(calls), state["pipe"], state["args"]
         prompts = bookkeeping.evaluate(pipe, args, args.eval_steps).prompts
-        first = len(calls) - n
-        bookkeeping.path_kl(pipe, args, prompts)
-        last = len(calls) - n
+        of_first_evaluation = len(calls) - n
+        bookkeeping.path_kl(pipe, args, prompts)  # which only later ones have
+        of_last_evaluation = len(calls) - n
     pipe.transformer.disable_gradient_checkpointing()
     flops = {}
     for trained in (False, True):
         with FlopCounterMode(display=False) as counter:
             bare_call(pipe, args)(2, trained)
         flops[trained] = counter.get_total_flops() / 2
-    return calls[first : n - last], flops
+    return calls[of_first_evaluation : n - of_last_evaluation], flops
 
 
 def script_args(script, flags):

@@ -8,7 +8,7 @@ A caption that names the colour has no colour to choose.
 """
 
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,8 @@ from miniature import shapes
 
 def disagreement(values, kinds):
     """(share of ordered pairs of values that differ over that of `kinds` equally frequent ones, number of pairs)."""
-    n, counts = len(values), Counter(values)
-    pairs = n * (n - 1)
-    return (n**2 - sum(count**2 for count in counts.values())) / pairs / (1 - 1 / kinds), pairs
+    different, _ = shapes.pair_statistics(values, [True] * len(values))
+    return different / (1 - 1 / kinds), len(values) * (len(values) - 1)
 
 
 def attributes(looks, captions, verdicts):

@@ -281,6 +281,7 @@ def command(setting, method):
 
 
 def folder_name(setting, method, seed):
+    """Name of a run's folder: the setting, the words of the method, the seed."""
     words = SETTINGS[setting].methods.get(method, method).replace("--", "")
     return "-".join([setting, *re.findall(r"[\w.]+", words), str(seed)])
 

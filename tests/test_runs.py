@@ -287,7 +287,7 @@ def test_pretraining_makes_a_pipeline_and_resumes(tmp_path, monkeypatch):
         ("grpo", "--prompt-file nowhere.txt", "cannot be read: No such file"),
         ("grpo", "--prompt-file tests", "cannot be read: Is a directory"),
         ("grpo", "--prompt-file /dev/null", "holds no prompt"),
-        ("grpo", "--prompt-file docs/after.png", "not UTF-8"),
+        ("grpo", "--prompt-file docs/before_after.png", "not UTF-8"),
         ("grpo", "--prompt-file LICENSE", "not a caption of the shapes world"),
         ("grpo", "--prompt-file LICENSE --reward ocr", "no text in double quotes"),
         ("grpo", "--resolution 100", "multiple of 16"),
