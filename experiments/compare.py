@@ -168,8 +168,10 @@ SETTINGS = {
         f"{name}{weight}, {6 - ode} steps": f"{script} --ode-steps {ode} {own}"
         for ode in (1, 3) for weight, own in WEIGHTS.items() for name, script in SCRIPTS.items()
     }),
-    "hacking": Setting("two judges made of preferences", range(20, 25), f"{EARLY} --eval-images 432", {
+    "hacking": Setting("judges made of preferences, and remedies", range(20, 25), f"{EARLY} --eval-images 432", {
         "poor judge": "gcpo --reward preference-poor --iterations 30 --eval-every 3",
+        "poor judge, beta 0.03": "gcpo --reward preference-poor --iterations 30 --eval-every 3 --beta 0.03",
+        "poor judge and exact reward": "gcpo --reward preference-poor=0.5,shapes=0.5 --iterations 30 --eval-every 3",
         "good judge": "gcpo --reward preference --iterations 90 --eval-every 9",
     }),
     "frontier": Setting("score against variety by beta", (20, 21, 22), "", {

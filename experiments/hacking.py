@@ -1,12 +1,12 @@
-"""Two judges made of preferences, followed from the base model until they are fooled: proxy, gold and variety along training.
+"""Judges made of preferences, followed from the base model until they are fooled or a remedy holds: proxy, gold and variety.
 
     python -m experiments.compare --settings hacking --jobs 2    # the runs
     python -m experiments.hacking                                # this report on them
 
-The proxy is the judge's score, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by DROP
-below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
+The proxy is what training maximizes, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by
+DROP below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
 evaluations. Variety is nan where hardly an image is right. Writes hacking.csv, a row for each evaluation of each run, and
-hacking.png; runs whose folders are gone are read from the former.
+overoptimization.png; runs whose folders are gone are read from the former.
 """
 
 import csv
@@ -33,7 +33,7 @@ COLUMNS = ("arm", "seed", "iteration", *TAGS)
 @dataclass
 class Args:
     output_dir: Path = Path("experiments/results")
-    """folder of hacking.csv and hacking.png"""
+    """folder of hacking.csv and overoptimization.png"""
     runs_dir: Path = Path("runs/compare")
     """folder of the runs"""
 
@@ -74,7 +74,7 @@ def draw(curves, path):
     """Proxy, gold and variety against the square root of the path's KL, a thin line a run."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     arms = list(dict.fromkeys(arm for arm, _ in curves))
-    titles = dict(proxy="proxy: the judge's score", gold="gold: share of images fully correct", variety="variety")
+    titles = dict(proxy="proxy: what training maximizes", gold="gold: share of images fully correct", variety="variety")
     for axis, (name, title) in zip(axes, titles.items()):
         for (arm, seed), curve in curves.items():
             label = arm if seed == min(s for a, s in curves if a == arm) else None
@@ -99,11 +99,11 @@ if __name__ == "__main__":
     ]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     compare.write_table(args.output_dir / "hacking.csv", rows)
-    draw(curves, args.output_dir / "hacking.png")
+    draw(curves, args.output_dir / "overoptimization.png")
     for arm in dict.fromkeys(arm for arm, _ in curves):
         found = {seed: verdict(curve) for (a, seed), curve in curves.items() if a == arm}
         print(f"{arm}: hacked in {sum(f['hacked'] for f in found.values())} of {len(found)} runs")
         for seed, f in found.items():
-            text = "gold {peak:.3f} around iteration {peak_iteration:.0f}, {end:.3f} at the end; proxy {proxy_at_peak:.3f} and "
-            text += "{proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
-            print(f"  seed {seed}: {text.format(**f)}")
+            text = "gold {peak:.3f} around iteration {peak_iteration:.0f}, at the end {end:.3f}, {kept:.0%} of it; "
+            text += "proxy {proxy_at_peak:.3f} and {proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
+            print(f"  seed {seed}: {text.format(**f, kept=f['end'] / f['peak'])}")

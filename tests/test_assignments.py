@@ -475,7 +475,7 @@ def test_a_formula_is_never_run_as_code(text):
 # Hostile submissions
 
 HOSTILE = {
-    "loop": ("while True: pass", "TimeoutError in line 11, `while True: pass`: it took longer than 3 seconds", 4),
+    "loop": ("while True: pass", "TimeoutError in line 11, `while True: pass`: it took longer than 2 seconds", 4),
     "stubborn": ("import signal; signal.signal(14, signal.SIG_IGN)\n    while True: pass", "endless loop", 2),
     "exit": ("import os; os._exit(0)", "os._exit", 2),
     "crash": ("import ctypes; ctypes.string_at(0)", "SIGSEGV", 2),
@@ -492,7 +492,7 @@ def test_a_hostile_submission_loses_its_own_points_alone(kind, tmp_path):
     source = f"import torch\nANSWERS = dict(log_ratio_mean='-d**2/2', log_ratio_std='d/sqrt(D)')\n\n{good}\n"
     source += f"def clipped_loss(ratio, advantages, clip):\n    {attack}\n"
     (tmp_path / "submission.py").write_text(source.replace("{root}", str(ROOT)))
-    printed, (result,) = grade(tmp_path, "submission.py", "--only", 3, "--only", 5, "--limit", 3)
+    printed, (result,) = grade(tmp_path, "submission.py", "--only", 3, "--only", 5, "--limit", 2)
     assert said in printed and result["parts"]["5"]["points"] == 4
     assert result["parts"]["3"]["points"] == kept
     assert before == {path: path.read_bytes() for path in before}

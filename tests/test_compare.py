@@ -1,5 +1,6 @@
 """The comparison: its statistics by planted results, that a run is made once, resumed and put down as it was, and the variants."""
 
+import contextlib
 import csv
 import importlib
 import importlib.util
@@ -208,6 +209,19 @@ def test_a_run_is_made_once_and_put_down_as_it_was(tmp_path, monkeypatch):
     flags = " ".join([*small, "--iterations 2 --eval-every 1 --eval-images 48"])
     methods = {"grpo": "grpo", "weights": "grpo_weights --weights 0.5 1 1 1.5"}
     monkeypatch.setitem(compare.SETTINGS, "default", compare.Setting("", (0,), flags, methods))
+    commands, own = [], subprocess.run
+
+    def in_this_process(command, **options):
+        """What a program of ours writes, without the seconds that importing everything takes."""
+        commands.append(list(map(str, command)))
+        if command[0] != sys.executable:
+            return own(command, **options)
+        monkeypatch.setattr(sys, "argv", commands[-1][1:])
+        with contextlib.redirect_stdout(options["stdout"]):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     rows = [compare.run("default", method, seed, tmp_path / "runs") for method, seed in (("grpo", 0), ("weights", 1))]
     names = ["default-grpo-0", "default-grpo_weights-weights-0.5-1-1-1.5-1"]
     assert sorted(path.name for path in (tmp_path / "runs").glob("*.log")) == [f"{name}.log" for name in names]
@@ -230,8 +244,7 @@ def test_a_run_is_made_once_and_put_down_as_it_was(tmp_path, monkeypatch):
     again = compare.read_table(tmp_path / "runs.csv")
     assert [r["seed"] for r in again] == [0, 1] and np.array_equal(again[0]["curve"], rows[0]["curve"], equal_nan=True)
 
-    commands, own = [], subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **o: commands.append(list(map(str, command))) or own(command, **o))
+    commands.clear()
     done = compare.run("default", "grpo", 0, tmp_path / "runs")  # read, not made again
     assert (done["curve"][:, :3] == rows[0]["curve"][:, :3]).all() and {command[0] for command in commands} == {"git"}
     (folder / "result.json").unlink()  # as if killed before its end
@@ -264,11 +277,12 @@ def test_the_program_repeats_nothing_and_reports(tmp_path, monkeypatch, capsys):
 def test_a_script_of_ones_own_runs_beside_the_settings_methods(tmp_path, monkeypatch, capsys):
     """And one that fails says why, while the report of the others is made."""
     (tmp_path / "mine.py").write_text((ROOT / "grpo.py").read_text())
+    (tmp_path / "broken.py").write_text("raise SystemExit('error: a word that ends it')")
     small = shlex.join(["--iterations", "1", *SMALL])
-    flags = ["--settings", "default", "--methods", f"{tmp_path}/mine.py {small}", f"{tmp_path}/mine.py --lr 0"]
+    flags = ["--settings", "default", "--methods", f"{tmp_path}/mine.py {small}", f"{tmp_path}/broken.py"]
     flags += ["--seeds", 3, "--jobs", 2, "--output-dir", tmp_path / "out", "--runs-dir", tmp_path / "runs"]
     assert program(monkeypatch, *flags) == 1
-    assert "its log ends: error: --lr 0.0 must be a positive number" in capsys.readouterr().err
+    assert "its log ends: error: a word that ends it" in capsys.readouterr().err
     (made,) = compare.read_table(tmp_path / "out" / "runs.csv")
     assert made["command"] == f"{tmp_path}/mine.py --iterations 60 {small}" and made["seed"] == 3
     (run,) = (tmp_path / "runs").glob("*/result.json")
