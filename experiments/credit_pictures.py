@@ -1,9 +1,11 @@
 """The pictures of experiments/credit.py, and one that holds its predictions against what training measured.
 
-    python -m experiments.credit_pictures --credit runs/credit-pooled --setting long
+    python -m experiments.compare --settings mechanism --jobs 2
+    python -m experiments.credit --steps 17 --images 288 --group-size 8 --prompts 8 --max-chunk 4 --output-dir runs/credit-17
+    python -m experiments.credit_pictures --credit runs/credit-17
 
-An arm is a method of the measurement and a method of compare.py's comparison.csv with the same name but for capitals, or a pair
-of ARMS. Predicted is the gain over GRPO by credit.csv, measured the difference of scores from GRPO's, whose own is 0.
+An arm is a pair of ARMS. Predicted is the gain over GRPO by credit.csv, measured the difference of scores from GRPO's on the same
+seeds, whose own is 0.
 """
 
 import csv
@@ -19,15 +21,30 @@ import numpy as np
 import tyro
 from scipy import stats
 
-import arguments
 import bookkeeping
+from experiments import compare
+from machine import fail
 
 SHOWN = (  # rows of the gradient's picture
     "GRPO, std2", "GRPO, without the last step", "GCPO, one chunk", "GCPO, adaptive", "Stepwise, T' = 1", "Stepwise, std2, T' = 1",
     "R - R_k, T' = 1", "true advantage",
 )  # fmt: skip
-ARMS = {  # names of the measurement: names of compare.py
-    "Stepwise, T' = 1": "stepwise, cps",
+ARMS = {  # methods of the measurement: arms of compare.py's setting `mechanism`
+    "GRPO": "grpo",
+    "GRPO, std2": "grpo std2",
+    "GCPO, adaptive": "gcpo",
+    "Stepwise, T' = 1": "stepwise",
+    "R - R_k, joint mean, group std, T' = 1": "stepwise, lambda 1",
+    "Stepwise, std2, T' = 1": "stepwise std2",
+    "GRPO, GCPO's mean weights": "grpo, gcpo's weights",
+    "GCPO, another's chunks": "gcpo, another's plan",
+    "GCPO, adaptive, std2": "gcpo std2",
+    "Stepwise by step, T' = 1": "stepwise, mean per step",
+    "Stepwise, joint mean, iteration std, T' = 1": "stepwise, iteration's std",
+    "Stepwise, step mean, iteration std, T' = 1": "stepwise, mean per step, iteration's std",
+    "R - R_k, T' = 1": "stepwise, lambda 1, mean per step, iteration's std",
+    "Stepwise, noise put back, T' = 1": "stepwise, noise put back",
+    "GCPO, one chunk": "gcpo, one chunk",
 }
 
 
@@ -156,29 +173,33 @@ def draw_predictions(path, arms):
 class Args:
     credit: str
     """folder of a measurement by experiments/credit.py, best a pooled one"""
-    setting: str = "long"
-    """setting of compare.py with the same number of steps"""
-    comparison: str = "experiments/results/comparison.csv"
-    """table by compare.py"""
+    output_dir: Path = Path("experiments/results")
+    """folder of compare.py's runs.csv, where predictions.png is written too"""
+
+
+def arms_of(folder, runs):
+    """What `draw_predictions` takes, of the methods with a prediction in the folder's credit.csv and runs on seeds of GRPO's."""
+    with open(f"{folder}/credit.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["at"], r["quantity"]) == ("first update", "predicted gain")]
+    ends = {arm: {seed: compare.endpoints(curve)["score"] for seed, curve in curves.items()} for arm, curves in runs.items()}
+    arms, grpo = {}, ends.get("grpo", {})
+    for name, value, error in ((r["method"], float(r["value"]), float(r["error"])) for r in rows):
+        own = ends.get(ARMS.get(name), {})
+        gaps = np.array([own[seed] - grpo[seed] for seed in sorted(own.keys() & grpo.keys())])
+        if len(gaps) and math.isfinite(value):
+            arms[name] = value, error, gaps.mean(), compare.half_width(gaps) if name != "GRPO" else 0.0
+    return arms
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     try:
-        with open(f"{args.credit}/credit.csv", newline="") as file:
-            rows = [r for r in csv.DictReader(file) if (r["at"], r["quantity"]) == ("first update", "predicted gain")]
-        with open(args.comparison, newline="") as file:
-            measured = {r["method"].lower(): r for r in csv.DictReader(file) if r["setting"] == args.setting}
+        arms = arms_of(args.credit, compare.runs_of(compare.read_table(args.output_dir / "runs.csv"), "mechanism"))
     except OSError as error:
-        arguments.fail(f"{error.filename} cannot be read: {error.strerror}")
-    arms = {}
-    for row in rows:
-        found = measured.get(ARMS.get(row["method"], row["method"]).lower())
-        if found and (found["difference"] or row["method"] == "GRPO"):  # of GRPO there is none
-            more = [float(found.get(name) or 0) for name in ("difference", "difference_half_width")]
-            arms[row["method"]] = (float(row["value"]), float(row["error"]), *more)
+        fail(f"{error.filename} cannot be read: {error.strerror}")
     if len(arms) < 4:
-        arguments.fail(f"only {len(arms)} methods have a prediction and a measured score in setting {args.setting!r}; it takes 4")
-    r, low, high = draw_predictions(Path(args.credit) / "predictions.png", arms)
+        fail(f"only {len(arms)} methods have a prediction and runs of the setting mechanism; it takes 4")
+    r, low, high = draw_predictions(args.output_dir / "predictions.png", arms)
+    for name, (gain, error, difference, half_width) in arms.items():
+        print(f"{name:44}predicted gain {gain:.2f} ± {error:.2f}, measured difference {difference:+.3f} ± {half_width:.3f}")
     print(f"correlation of predicted and measured gain over {len(arms)} arms: {r:.2f}, 95 % interval {low:.2f} to {high:.2f}")
-    print(f"Look at {args.credit}/predictions.png")

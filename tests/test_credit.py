@@ -18,7 +18,7 @@ from test_math import F64, exact_velocity, sigmas_of
 import families
 import sampler
 import stepwise_grpo
-from experiments import credit, credit_pictures, estimates
+from experiments import compare, credit, credit_pictures, estimates
 
 T, ETA, SDE, D = 6, 0.3, "cps", 3  # shares of 0.14 to 0.25
 S, SIGMAS = T - 1, sigmas_of(T)
@@ -449,6 +449,7 @@ def test_a_run_writes_its_files_and_takes_settings_and_optimizer_of_a_lora(folde
     methods = {row["method"] for row in rows}
     assert {"GRPO", "GRPO, std2", "GCPO, adaptive", "Stepwise, T' = 1", "R - R_k, T' = 1", "true advantage"} <= methods
     assert {*credit_pictures.SHOWN, *credit_pictures.ARMS} <= methods
+    assert {*credit_pictures.ARMS.values()} <= {*compare.SETTINGS["mechanism"].methods}
     constructed = {row["method"] for row in rows if row["by_construction"] and row["quantity"] == "cosine of expectation"}
     assert {"GRPO", "R - V(x_k)", "true advantage"} <= constructed and not {"GRPO, std2", "Stepwise, T' = 1"} & constructed
     noise = [float(row["value"]) for row in rows if row["quantity"] == "share of noise"]
@@ -470,20 +471,30 @@ def test_pooled_measurements_are_means_with_their_errors(folder, capsys):
 
 
 def test_predictions_are_held_against_what_was_measured(tmp_path, capsys):
-    """Names are the same but for capitals, GRPO has no difference; other settings and methods without a pair are left out."""
+    """Differences are of the seeds that an arm shares with GRPO; other settings and methods without a pair are left out."""
     gains = {"GRPO": 1.0, "GRPO, std2": 2.0, "GCPO, adaptive": 1.4, "Stepwise, std2, T' = 1": 3.0, "true advantage": 9.0}
-    (tmp_path / "credit.csv").write_text(
-        "method,at,quantity,value,error\n"
-        + "".join(f'"{name}",first update,predicted gain,{gain},0.1\n' for name, gain in gains.items())
+    gains["GCPO, one chunk"] = math.nan
+    lines = (f'"{name}",first update,predicted gain,{gain},0.1\n' for name, gain in gains.items())
+    (tmp_path / "credit.csv").write_text("method,at,quantity,value,error\n" + "".join(lines))
+    ends = {"grpo": 0.5, "grpo std2": 0.6, "gcpo": 0.54, "stepwise std2": 0.7, "gcpo, one chunk": 0.1}
+    runs = {arm: {s: np.full((3, 4), end + 0.01 * s) for s in (20, 21)} for arm, end in ends.items()}
+    runs["gcpo"][22] = np.zeros((3, 4))  # a seed that GRPO has not
+    arms = credit_pictures.arms_of(tmp_path, runs)
+    assert {name: arm[2] for name, arm in arms.items()} == pytest.approx(
+        {"GRPO": 0, "GRPO, std2": 0.1, "GCPO, adaptive": 0.04, "Stepwise, std2, T' = 1": 0.2}
     )
-    measured = 'grpo,0.5,\n"grpo, std2",0.6,0.1\n"gcpo, adaptive",0.54,0.05\n"stepwise, std2, T\' = 1",0.7,0.19\n'
-    lines = "".join(f"long,{line}\n" for line in measured.splitlines())
-    (tmp_path / "comparison.csv").write_text(f"setting,method,score,difference\n{lines}other,true advantage,0.1,-0.4\n")
-    flags = ["--credit", tmp_path, "--comparison", tmp_path / "comparison.csv"]
-    run(credit_pictures, *flags)
-    assert "over 4 arms: 1.00" in capsys.readouterr().out and Image.open(tmp_path / "predictions.png").width == 800
+    for setting in ("mechanism", "early"):
+        (tmp_path / setting).mkdir()
+        for arm, seed in ((name, seed) for name in ends for seed in runs[name]):
+            words = " ".join(compare.command("mechanism", arm))
+            row = dict(setting=setting, method=arm, seed=seed, command=words, curve=runs[arm][seed])
+            compare.add_row(tmp_path / setting / "runs.csv", row)
+    flags = ["--credit", tmp_path, "--output-dir"]
+    run(credit_pictures, *flags, tmp_path / "mechanism")
+    said = capsys.readouterr().out
+    assert "over 4 arms: 1.00" in said and Image.open(tmp_path / "mechanism" / "predictions.png").width == 800
     with pytest.raises(SystemExit) as stop:
-        run(credit_pictures, *flags, "--setting", "other")
+        run(credit_pictures, *flags, tmp_path / "early")
     assert stop.value.code == 2 and "it takes 4" in capsys.readouterr().err
 
 
