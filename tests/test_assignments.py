@@ -220,6 +220,13 @@ def normalized(over=None, centre=True, limit=5, joint=(1, 2)):
     return gain_advantages
 
 
+def zero_if_all_are_equal(gains, group_size, normalize="joint"):
+    """gain_advantages that asks the whole group whether its gains are equal, per step too."""
+    groups = gains.view(-1, group_size, gains.shape[1])
+    equal = (groups.amax((1, 2)) == groups.amin((1, 2))).repeat_interleave(group_size)[:, None]
+    return normalized()(gains, group_size, normalize).masked_fill(equal, 0)
+
+
 def image_major(rewards, group_size, global_std=False, transposed=False):
     groups = rewards.view(group_size, -1)
     result = ((groups - groups.mean(0)) / (groups.std(0) + 1e-4)).clamp(-5, 5)
@@ -253,17 +260,17 @@ def distance(of):
     return relative_distance
 
 
-def adaptive(shift=0, halve=lambda size: [size // 2], recurse=True):
+def adaptive(shift=0, halve=lambda size: [size // 2], recurse=True, sign=np.sign, next_order=lambda turns: 1):
     """adaptive_chunks with parts of it changed."""
 
     def adaptive_chunks(curve, max_chunk=4):
         def split(segment, order):
             if len(segment) <= max_chunk:
                 return [len(segment)]
-            signs = np.sign(np.diff(segment, order if recurse is not None else 1))
+            signs = sign(np.diff(segment, order))
             turns = [k + 1 + shift for k in range(len(signs) - 1) if signs[k] != signs[k + 1]]
             parts = [part for part in np.split(segment, turns or halve(len(segment))) if len(part)]
-            return [size for part in parts for size in (split(part, order + 1) if recurse else [len(part)])]
+            return [size for part in parts for size in (split(part, order + next_order(turns)) if recurse else [len(part)])]
 
         return split(np.asarray(curve, float), 1)
 
@@ -373,6 +380,9 @@ WRONG = [
     (3, dict(stopped_fraction=lambda *args: r.stopped_fraction(*(a[args[1] != 0] for a in args[:2]), args[2])), "one of all"),
     (3, dict(log_ratio_std="d"), "varies less"),
     (3, dict(mean_ratio="exp(-KL/D)"), "exp of the mean log ratio"),
+    (3, dict(mean_ratio="1 - KL/D + KL/D**2"), "the first terms of its series"),
+    (3, dict(log_ratio_mean="0"), "fits the old samples less well"),
+    (3, dict(ratio=lambda new, old: new - old), "if another test of ratio fails"),
     (3, dict(mean_ratio="1"), "the ratio of the sum over dimensions"),
     (3, dict(mean_ratio="-KL/D"), "the mean of the log ratio, not of the ratio"),
     (3, dict(mean_ratio="exp(-KL/D + 2*KL/D**2)"), "E[exp] takes half of it"),
@@ -398,6 +408,9 @@ WRONG = [
     (4, dict(adaptive_chunks=adaptive(recurse=False)), "longer than max_chunk"),
     (4, dict(adaptive_chunks=adaptive(halve=lambda size: [1])), "not two halves"),
     (4, dict(adaptive_chunks=adaptive(halve=lambda size: [(size + 1) // 2])), "of which the first has 7 // 2 steps"),
+    (4, dict(adaptive_chunks=adaptive(sign=lambda d: d > 0)), "cut wherever two signs differ"),
+    (4, dict(adaptive_chunks=adaptive(sign=lambda d: d >= 0)), "cut wherever two signs differ"),
+    (4, dict(adaptive_chunks=adaptive(next_order=lambda turns: bool(turns))), "also where the segment was cut in half"),
     (4, dict(step_weight="1/S"), "GRPO's weight"),
     (4, dict(step_weight="c/K"), "multiplied by c"),
     (4, dict(product_weight_over_grpo="S/(K*c)"), "the geometric mean's"),
@@ -418,7 +431,9 @@ WRONG = [
     (5, dict(gain_advantages=normalized(over=(1, 2))), "the joint normalization: mean and std are per step here"),
     (5, dict(gain_advantages=normalized(limit=99)), "clamped to ±5"),
     (5, dict(gain_advantages=normalized()), "not give exactly 0"),
+    (5, dict(gain_advantages=zero_if_all_are_equal), "per step: a step at which all images gain the same"),
     (5, dict(mean_gain="R_S - R_0"), "there are S steps"),
+    (5, dict(mean_gain="0"), "the mean advantage"),
     (6, dict(value_of_state=value(first=lambda k: 0)), "starts again at step 0"),
     (6, dict(value_of_state=value(first=lambda k: k + 1)), "leaves out step"),
     (6, dict(value_of_state=value(last=1)), "leaves out the last step"),

@@ -81,7 +81,8 @@ def test_clip_holds(s):
     for _ in range(200):
         log_prob -= 0.01 * gradient(lambda new: s.clipped_loss(s.ratio(new[None], 0 * new[None])[0], advantages, 0.1), log_prob)
     ratio = log_prob.exp()
-    holds(((ratio - 1) * advantages > 0).all(), "after 200 updates ratios have moved against their advantages: look for a sign")
+    against = "after 200 updates ratios have moved against their advantages"
+    holds(((ratio - 1) * advantages > 0).all(), f"{against}: if another test of ratio fails, mend that; else look for a sign")
     for name, of in (("good", advantages > 0), ("bad", advantages < 0)):
         far = (ratio[of] - 1).abs().max().item()
         holds(
@@ -124,6 +125,7 @@ def test_log_ratio_mean(s):
     mistakes = {
         lambda d, D: d**2 / 2: "the sign is wrong: old samples become less probable on average",
         lambda d, D: -D * d**2 / 2: "the sum over dimensions: log_prob is their mean",
+        lambda d, D: 0: "the mean under equal policies: the new mean fits the old samples less well",
         lambda d, D: -(d**2): "the factor 1/2 is missing",
     }
     formula(s, "log_ratio_mean", lambda d, D: -(d**2) / 2, mistakes, d=(0.1, 2), D=(4, 100))
@@ -145,6 +147,7 @@ def test_mean_ratio(s):
     """Question 4: the mean of the ratio itself"""
     mistakes = {
         lambda KL, D: math.exp(-KL / D): "exp of the mean log ratio: the mean of exp is larger, by half the log ratio's variance",
+        lambda KL, D: 1 - KL / D + KL / D**2: "the first terms of its series: the answer is exact",
         lambda KL, D: 1: "the mean of p_new / p_old, the ratio of the sum over dimensions: here the log is a mean over D",
         lambda KL, D: -KL / D: "the mean of the log ratio, not of the ratio",
         lambda KL, D: math.exp(-KL / D + 2 * KL / D**2): "the whole variance of the log ratio: E[exp] takes half of it",
@@ -176,7 +179,7 @@ def bug(s, number):
     repaired = known.replacement and code(line) == code(known.line)
     holds(not repaired, f"bug {number}: this is the line as it should be; give the faulty one, as it stands in bug_{number}.py")
     holds(squeeze(line) == squeeze(faulty), f"bug {number} is not in this line (copy the whole line): {line.strip()!r:.80}")
-    symptom = answer(s, f"bug_{number}_symptom").strip().lower()
+    symptom = answer(s, f"bug_{number}_symptom").strip().rstrip(".").lower()
     holds(symptom == known.symptom, f"bug {number}: its line is found, but its symptom is not {symptom!r:.10}")
 
 

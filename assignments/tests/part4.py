@@ -117,7 +117,7 @@ def test_adaptive_partition(s):
         )
 
 
-@worth(2)
+@worth(1)
 def test_adaptive_turns(s):
     """adaptive_chunks cuts where the curve turns, halves what never turns, and leaves short curves whole"""
     for peak in range(1, 5):
@@ -150,6 +150,18 @@ def test_adaptive_recursion(s):
     halves = "the fall is halved: divide it by the sign of its second difference"
     holds(got != [3, 3, 3], f"adaptive_chunks gives {got}: {halves}")
     holds(got == [3, 2, 4], f"adaptive_chunks of 1 3 6 9 7 6 5.5 4.5 2.5 gives {got}, expected [3, 2, 4]")
+    # Halved at order 1; the second differences of 5 6 7 9 are 0 and 1
+    got = sizes_of("adaptive_chunks", s.adaptive_chunks(np.array([1.0, 2, 3, 4, 5, 6, 7, 9]), 3))
+    what = f"adaptive_chunks of 1 2 3 4 5 6 7 9 with max_chunk 3 gives {got}, expected [2, 2, 1, 3]"
+    holds(got == [2, 2, 1, 3], f"{what}: the parts go on with the next order also where the segment was cut in half")
+
+
+@worth(1)
+def test_adaptive_plateau(s):
+    """A sign of 0 is a sign of its own"""
+    got = sizes_of("adaptive_chunks", s.adaptive_chunks(np.array([1.0, 2, 2, 1, 3]), 4))
+    what = f"adaptive_chunks of 1 2 2 1 3, whose differences have the signs 1, 0, -1 and 1, gives {got}"
+    holds(got == [1, 1, 1, 2], f"{what}, expected [1, 1, 1, 2]: cut wherever two signs differ, 1 and 0 too")
 
 
 @worth(1)

@@ -100,12 +100,12 @@ def test_no_spread(s):
                 (got == 0).all(),
                 "equal gains do not give exactly 0: 0.1 seven times has a mean that is not 0.1; compare max and min",
             )
-    gains = randn(G, S)
-    gains[:, 1] = 0.3
-    got = s.gain_advantages(gains, G, "step")
+    gains = randn(7, S).float()
+    gains[:, 1] = 0.1
+    got = s.gain_advantages(gains, 7, "step")
     holds(
         (got[:, 1] == 0).all() and (got[:, [0, 2]] != 0).all(),
-        "a step at which all images gain the same must get 0, and only that step",
+        "per step: a step at which all images gain the same must get exactly 0, and only that step",
     )
 
 
@@ -140,6 +140,7 @@ def test_mean_gain(s):
     mistakes = {
         lambda R_S, R_0, S: R_S - R_0: "the mean over images of all gains of one: there are S steps",
         lambda R_S, R_0, S: (R_S - R_0) / (S + 1): "divided by the number of states: there are S gains",
+        lambda R_S, R_0, S: 0: "the mean advantage: the gains of an image add up to R_S - R_0",
         lambda R_S, R_0, S: (R_0 - R_S) / S: "the sign is wrong: a step that raises the reward gains",
     }
     formula(s, "mean_gain", lambda R_S, R_0, S: (R_S - R_0) / S, mistakes, R_S=(0.5, 1), R_0=(0, 0.4), S=(2, 20))
