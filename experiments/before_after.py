@@ -1,7 +1,7 @@
 """Draws eight held-out prompts before and after a run, from the same noise, with the judge's verdict: docs/before_after.png.
 
-    python gcpo.py --output-dir runs/first
-    python -m experiments.before_after --lora runs/first
+python gcpo.py --output-dir runs/first
+python -m experiments.before_after --lora runs/first
 """
 
 import textwrap

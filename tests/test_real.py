@@ -245,7 +245,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(tmp_pa
     """Four runs, each killed three times on its way."""
 
     def train(folder):
-        fresh = [*SMALL, "--iterations", "4", "--save-every", "1", "--eval-every", "2", "--output-dir", folder]
+        fresh = [*SMALL, "--iterations", "3", "--save-every", "1", "--eval-every", "2", "--output-dir", folder]
         return start("gcpo", *(["--resume", folder] if (folder / "args.json").exists() else fresh))
 
     train(tmp_path / "imports").join()
