@@ -23,6 +23,7 @@ PAGES = {script: (ROOT / "docs" / f"{script}.md").read_text() for script in SCRI
 COMMAND = r"(?m)(?:^    |`)((?:python|torchrun|tensorboard) [^`\n#]*)"
 # With another reward than the verifier, whose metrics are all of the verifier's and one more; enough images for a variety
 FLAGS = "--iterations 1 --beta 0.1 --reward jpeg-compressibility --eval-images 144 --eval-steps 4"
+RESULTS = [ROOT / "experiments/results" / name for name in ("README.md", "earlier.md")]
 EVERYWHERE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "miniature/README.md"]
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -121,7 +122,7 @@ def test_the_readme_is_short_complete_and_says_first_what_matters():
     assert sorted(order, key=text.index) == order
 
 
-@pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: page.name if page.parent == ROOT / "docs" else page.parent.name)
+@pytest.mark.parametrize("page", [*EVERYWHERE, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_of_every_page_leads_somewhere(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
@@ -152,7 +153,7 @@ FIGURES = {
 @pytest.mark.parametrize("figure", FIGURES)
 def test_a_figure_is_the_same_wherever_it_stands(figure):
     found = {}
-    for page in [*EVERYWHERE, ROOT / "experiments/results/README.md", ROOT / "assignments/README.md"]:
+    for page in [*EVERYWHERE, *RESULTS, ROOT / "assignments/README.md"]:
         for groups in re.finditer(FIGURES[figure], page.read_text()):
             found.setdefault(next(value for value in groups.groups() if value), set()).add(page.name)
     assert len(found) <= 1, found
