@@ -502,10 +502,12 @@ def pool(folders):
             batches.add(json.loads((folder / "credit.json").read_text())["images_of_an_update"])
         except (OSError, ValueError, KeyError) as error:
             fail(f"--pool {folder} is not the folder of a measurement ({type(error).__name__})")
-    if len(batches) > 1 or any(table.keys() != tables[0].keys() for table in tables):
+    # Adaptive chunks may be one more in one measurement than in another: what all have is pooled
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    if len(batches) > 1 or any(key not in shared for table in tables for key in table if key[1] != "adaptive chunks"):
         fail("--pool needs measurements of the same methods, steps and images of an update")
     rows = []
-    for key, row in tables[0].items():
+    for key, row in ((key, tables[0][key]) for key in shared):
         value, error = np.array([[float(table[key][name]) for table in tables] for name in ("value", "error")])
         pooled = dict(value=value.mean().item(), error=math.hypot(*error) / len(tables))
         rows.append(row | pooled | dict(groups=sum(int(table[key]["groups"]) for table in tables)))

@@ -1,9 +1,11 @@
 """The measurement of credit on a flow that is known exactly, where it must find the truth and what was planted; then end to end."""
 
+import contextlib
 import csv
 import json
 import math
 import runpy
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -466,6 +468,13 @@ def test_pooled_measurements_are_means_with_their_errors(folder, capsys):
         assert (one["method"], one["quantity"], 2 * int(one["groups"])) == (two["method"], two["quantity"], int(two["groups"]))
         assert float(one["value"]) == pytest.approx(float(two["value"]), nan_ok=True)
         assert float(one["error"]) / math.sqrt(2) == pytest.approx(float(two["error"]), rel=1e-3, nan_ok=True)
+    # Adaptive chunks may be one more in another measurement; other differences are refused
+    shutil.copytree(folder / "out", folder / "more")
+    for level, code in (("adaptive chunks", None), ("steps", 2)):
+        row = f"credit,reward,{level},99,share,0,1,,4"
+        (folder / "more" / "credit.csv").write_text((folder / "out" / "credit.csv").read_text() + row + "\n")
+        with pytest.raises(SystemExit) if code else contextlib.nullcontext():
+            run(credit, "--pool", folder / "out", folder / "more", "--output-dir", folder / "pooled")
     checks = json.loads((folder / "pooled" / "credit.json").read_text())["checks"]
     assert (checks["groups"], checks["pairs"]) == (8, 3) and 0 <= checks["wald_p"] <= 1
 
