@@ -117,7 +117,7 @@ def relative_distance(trajectory, distance="l1"):
     x, x_next = trajectory[:, :-1].flatten(2), trajectory[:, 1:].flatten(2)
     if distance == "cosine":
         return 1 - torch.cosine_similarity(x, x_next, dim=-1)
-    return (x - x_next).norm(int(distance[1]), dim=-1) / x.norm(int(distance[1]), dim=-1)
+    return (x - x_next).norm(int(distance[1]), dim=-1) / x.norm(int(distance[1]), dim=-1)  # the 1 of "l1", the 2 of "l2"
 
 
 def fixed_chunks(num_steps, chunk_size):

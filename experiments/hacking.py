@@ -71,7 +71,7 @@ def verdict(curve):
 
 
 def draw(curves, path):
-    """Proxy, gold and variety against the square root of the path's KL, a thin line a run."""
+    """Proxy, gold and variety against the square root of the path's KL, a thin line per run."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     arms = list(dict.fromkeys(arm for arm, _ in curves))
     titles = dict(proxy="proxy: what training maximizes", gold="gold: share of images fully correct", variety="variety")

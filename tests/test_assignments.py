@@ -478,6 +478,10 @@ def test_a_wrong_answer_is_named(part, replaced, said):
     assert any(said in message for message in messages(part, **replaced)), messages(part, **replaced)
 
 
+def test_a_symptom_may_be_copied_with_its_dot():
+    assert not any(messages(3, bug_3_symptom=f"{r.ANSWERS['bug_3_symptom'].upper()}."))
+
+
 FORMULAS = ["9**9**9**9**9", "(" * 90 + "a", "a.__class__", "[a for a in 'b']", "open('x')", "1e400*0", "a" * 300, "a b"]
 
 

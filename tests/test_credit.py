@@ -470,11 +470,13 @@ def test_pooled_measurements_are_means_with_their_errors(folder, capsys):
         assert float(one["error"]) / math.sqrt(2) == pytest.approx(float(two["error"]), rel=1e-3, nan_ok=True)
     # Adaptive chunks may be one more in another measurement; other differences are refused
     shutil.copytree(folder / "out", folder / "more")
-    for level, code in (("adaptive chunks", None), ("steps", 2)):
+    for level, refused in (("adaptive chunks", False), ("steps", True)):
         row = f"credit,reward,{level},99,share,0,1,,4"
         (folder / "more" / "credit.csv").write_text((folder / "out" / "credit.csv").read_text() + row + "\n")
-        with pytest.raises(SystemExit) if code else contextlib.nullcontext():
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
             run(credit, "--pool", folder / "out", folder / "more", "--output-dir", folder / "pooled")
+        assert ("needs measurements of the same methods" in capsys.readouterr().err) == refused
+        assert all(line["at"] != "99" for line in figures_of(folder / "pooled"))
     checks = json.loads((folder / "pooled" / "credit.json").read_text())["checks"]
     assert (checks["groups"], checks["pairs"]) == (8, 3) and 0 <= checks["wald_p"] <= 1
 
