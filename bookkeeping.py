@@ -190,7 +190,7 @@ class Run:
         if not args.output_dir:
             name = Path(args.model).name
             args.output_dir = f"runs/{script}__{name}__{args.reward}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        if self.world > 1:
+        if "RANK" in os.environ:  # torchrun's, with one process too
             dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
             atexit.register(dist.destroy_process_group)
             args.output_dir = gather_objects(args.output_dir)[0]  # the ranks' clocks may have named it differently

@@ -127,10 +127,10 @@ def bare_call(pipe, args):
     return call
 
 
-def counted(script, flags, iterations):
-    """Runs a script eager: ([(rows, whether with gradients)] of all its calls of the transformer, {with: FLOPs of a row}).
+def watched(script, flags, iterations, compiled=False, folder=None):
+    """Runs a script here, in `folder` or one that is dropped: [(rows, whether with gradients)] of its calls, and its names.
 
-    The calls are those of the iterations; the evaluations before and after them are left out.
+    Calls are those of the transformer; evaluations before and after the iterations are left out.
     """
     calls = []
 
@@ -138,22 +138,36 @@ def counted(script, flags, iterations):
         if type(module).__name__.endswith("Transformer2DModel"):
             calls.append((len(inputs[0]), torch.is_grad_enabled()))
 
-    with tempfile.TemporaryDirectory() as folder, register_module_forward_pre_hook(count):
-        sys.argv = [*command(script, flags, False), *LITTLE_ELSE, "--iterations", str(iterations), "--output-dir", folder]
+    if compiled:
+        bookkeeping.WORTH_COMPILING = dict.fromkeys(bookkeeping.WORTH_COMPILING, 0)
+    with tempfile.TemporaryDirectory() as temporary, register_module_forward_pre_hook(count):
+        where = ["--iterations", str(iterations), "--output-dir", str(folder or temporary)]
+        sys.argv = [f"{script}.py", *flags, *LITTLE_ELSE, *where, *([] if compiled else ["--no-compile"])]
         with contextlib.redirect_stdout(io.StringIO()):
-            state = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
-        n, pipe, args = len(calls), state["pipe"], state["args"]
+            names = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        n, pipe, args = len(calls), names["pipe"], names["args"]
         prompts = bookkeeping.evaluate(pipe, args, args.eval_steps).prompts
         of_first_evaluation = len(calls) - n
         bookkeeping.path_kl(pipe, args, prompts)  # which only later ones have
         of_last_evaluation = len(calls) - n
+    return calls[of_first_evaluation : n - of_last_evaluation], names
+
+
+def row_flops(pipe, args):
+    """{whether with gradients: FLOPs of the transformer for one row}; activations that are computed again do not count."""
     pipe.transformer.disable_gradient_checkpointing()
     flops = {}
     for trained in (False, True):
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             bare_call(pipe, args)(2, trained)
         flops[trained] = counter.get_total_flops() / 2
-    return calls[of_first_evaluation : n - of_last_evaluation], flops
+    return flops
+
+
+def counted(script, flags, iterations):
+    """What `watched` gives of the calls of a script run eager, and `row_flops`."""
+    calls, names = watched(script, flags, iterations)
+    return calls, row_flops(names["pipe"], names["args"])
 
 
 def script_args(script, flags):

@@ -1,6 +1,7 @@
 """The scripts at the real size of Stable Diffusion 3.5 medium and FLUX.2 klein, with random weights, and what a GPU has to hold.
 
     python -m experiments.full_size                         # every part that experiments/results/full_size.json lacks
+    python -m experiments.full_size --gpu                   # the parts of a GPU, of which it takes no more than 24 GiB; minutes
     python -m experiments.full_size --parts sd3-grpo memory # these; several minutes each on two CPU cores
     python -m experiments.full_size --small                 # the same on small models, into runs/full_size-small/: minutes
 
@@ -10,20 +11,23 @@ seconds, peak memory, the ratio before the first update, which LoRA matrices did
 LoRA. sd3-resume kills such a run and resumes it, which has to end in the bytes of sd3-grpo. memory adds up, without a GPU, what
 training has to hold: weights from their real shapes, and the most that the tensors of a training step take together, by running
 it on tensors that have shapes but no content.
+
+gpu-... are runs with the presets, at their own resolution and number of steps, but for fewer prompts; they also tell the share of
+the GPU's peak that the model's FLOPs have in the second iteration. gpu-tiny is `python gcpo.py`, gpu-nccl the same under torchrun
+for two iterations, and gpu-kernel compares the log-probability kernel with its eager form and with a copy.
 """
 
 import json
-import multiprocessing
 import shutil
 import subprocess
 import sys
 import time
 import weakref
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import tyro
 from diffusers import DiffusionPipeline
@@ -38,8 +42,7 @@ import bookkeeping
 import families
 import machine
 import sampler
-from experiments import random_weights
-from experiments.bench import command
+from experiments import bench, random_weights
 from families.text import Text
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +56,15 @@ RUNS = {  # part: family, script, whether compiled, flags
     "sd3-compiled": ("sd3", "grpo", True, "--iterations 1"),
     "klein-gcpo": ("klein", "gcpo", False, "--iterations 1 --chunk-size 1"),
 }
+GPU_RUNS = {  # the same for a GPU
+    "gpu-sd3-grpo": ("sd3", "grpo", False, "--prompts 2"),
+    "gpu-sd3-gcpo": ("sd3", "gcpo", False, "--prompts 2 --chunk-size 4"),
+    "gpu-sd3-stepwise_grpo": ("sd3", "stepwise_grpo", False, "--prompts 2"),
+    "gpu-sd3-compiled": ("sd3", "grpo", True, "--prompts 2"),
+    "gpu-klein-gcpo": ("klein", "gcpo", False, "--prompts 1 --chunk-size 4"),
+}
+GPU_PARTS = (*GPU_RUNS, "gpu-tiny", "gpu-nccl", "gpu-kernel")
+GPU_MEMORY = 24  # GiB that a program may take of a GPU
 FAMILIES = ("sd3", "klein", "flux")  # of which the memory is added up
 MICRO_BATCHES = (2, 4, 8)
 RANK = 32
@@ -61,8 +73,10 @@ GIB = 2**30
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = (*RUNS, "memory")
-    """what to do, if the results lack it"""
+    parts: tuple[str, ...] = ()
+    """what to do, if the results lack it; none: all but those of a GPU, or with --gpu those"""
+    gpu: bool = False
+    """the parts that need a GPU"""
     small: bool = False
     """small models of the same classes at 64 x 64, to try this program"""
 
@@ -109,7 +123,7 @@ def do_run(part, workspace, small):
     family, script, compiled, flags = RUNS[part]
     model, folder = saved_model(family, workspace, small), workspace / part
     shutil.rmtree(folder, ignore_errors=True)
-    words = command(script, ["--model", str(model), *FLAGS, *flags.split(), "--output-dir", str(folder)], compiled)
+    words = bench.command(script, ["--model", str(model), *FLAGS, *flags.split(), "--output-dir", str(folder)], compiled)
     words += ["--resolution", "64", "--text-length", "8"] if small else []
     found = {}
     if part == "sd3-resume":
@@ -119,13 +133,17 @@ def do_run(part, workspace, small):
         ).read_bytes()
     else:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    found["loads_in_diffusers"] = bench.in_fresh_process(loads_in_diffusers, str(model), folder)  # its memory is gone afterwards
+    return found | findings(folder)
+
+
+def findings(folder):
+    """What there is to tell of a finished run."""
     scalars, result = bookkeeping.read_scalars(folder), json.loads((folder / "result.json").read_text())
     lora = load_file(folder / families.LORA_FILE)
     ups = {name.removeprefix("transformer.").removesuffix(".lora_B.weight"): w for name, w in lora.items() if "lora_B" in name}
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:  # its memory is gone afterwards
-        loads = fresh.submit(loads_in_diffusers, str(model), folder).result()
     seconds = {tag.removeprefix("time/"): [round(s, 1) for _, s in scalars[tag]] for tag in scalars if tag.startswith("time/")}
-    return found | dict(
+    return dict(
         compiled=json.loads((folder / "args.json").read_text())["compiled_blocks"],
         seconds=seconds,
         peak_memory_mb=round(result["peak_memory_mb"]),
@@ -133,8 +151,63 @@ def do_run(part, workspace, small):
         clip_fraction_0=[value for _, value in scalars["losses/clip_fraction_0"]],
         pairs=len(ups),
         unmoved=[name for name, up in ups.items() if not up.any()],  # B starts at 0
-        loads_in_diffusers=loads,
     )
+
+
+# On a GPU
+
+
+def limit_memory(gib):
+    """Lets this process take no more than so many GiB of the GPU."""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / torch.cuda.get_device_properties(0).total_memory))
+
+
+def limited_run(script, flags, compiled, folder):
+    """Runs a script for two iterations within GPU_MEMORY: (rows, FLOPs) of an iteration, and the GPU's peak."""
+    limit_memory(GPU_MEMORY)
+    calls, names = bench.watched(script, flags, 2, compiled, folder)
+    limit_memory(1000)  # without gradient checkpointing, as the FLOPs are counted, klein takes more
+    rows = {trained: sum(n for n, kind in calls if kind == trained) / 2 for trained in (False, True)}
+    flops = sum(rows[trained] * each for trained, each in bench.row_flops(names["pipe"], names["args"]).items())
+    return rows, flops, *bench.peak_flops(names["args"])
+
+
+def do_gpu_run(part, workspace, small):
+    """Does a part's run on the GPU and gives what there is to tell of it."""
+    family, script, compiled, flags = GPU_RUNS[part]
+    model, folder = saved_model(family, workspace, small), workspace / part
+    shutil.rmtree(folder, ignore_errors=True)
+    preset = families.of_model(family).PRESET | (dict(resolution=64, text_length=8) if small else {})
+    words = ["--model", str(model), *flags.split(), *(["--resolution", "64", "--text-length", "8"] if small else [])]
+    rows, flops, peak, which = bench.in_fresh_process(limited_run, script, words, compiled, folder)
+    seconds = bench.logged(folder)["iteration"][0]  # of the second; the first warms up
+    found = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, micro_batch=preset["micro_batch"])
+    if not compiled:  # compiled, a rollout's rows have gradients too, though nothing goes backwards
+        found |= dict(rows_without_gradients=rows[False], rows_with_gradients=rows[True], flops=flops)
+        found[f"utilisation, of {which}"] = round(flops / seconds / peak, 3)
+    return found | findings(folder)
+
+
+def miniature_on_gpu(workspace, torchrun):
+    """Runs gcpo.py as it is, or under torchrun for two iterations, whose sums then go through NCCL."""
+    folder = workspace / ("gpu-nccl" if torchrun else "gpu-tiny")
+    shutil.rmtree(folder, ignore_errors=True)
+    how = "-m torch.distributed.run --standalone --nproc-per-node 1".split() if torchrun else []
+    short = "--iterations 2 --eval-images 6".split() if torchrun else []
+    began = time.monotonic()
+    subprocess.run([sys.executable, *how, "gcpo.py", *short, "--output-dir", str(folder)], cwd=ROOT, check=True)
+    found = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, seconds_in_all=round(time.monotonic() - began))
+    found["seconds_of_an_iteration"] = round(float(np.median(bench.logged(folder)["iteration"])), 3)
+    result = json.loads((folder / "result.json").read_text())
+    return found | {name: result[name] for name in ("base_score", "final_score", "final_variety")} | findings(folder)
+
+
+def kernel_on_gpu():
+    """The log-probability kernel: median milliseconds compiled, eager, and of a copy of one of its seven tensors."""
+    functions = bench.kernel_functions("cuda")
+    bench.in_turns(functions, 3)  # compiles, warms up
+    times = {name: round(float(np.median(t)) * 1e3, 3) for name, t in bench.in_turns(functions, 50, machine.now).items()}
+    return dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__) | times
 
 
 def wrong(found):
@@ -144,7 +217,7 @@ def wrong(found):
         for what, right in {
             "the ratio before the first update is not 1": all(abs(ratio - 1) < 1e-5 for ratio in found["ratio_0"]),
             "a ratio is clipped before the first update": not any(found["clip_fraction_0"]),
-            "stock diffusers does not load the LoRA": found["loads_in_diffusers"],
+            "stock diffusers does not load the LoRA": found.get("loads_in_diffusers", True),
             "the resumed run has other bytes": found.get("same_bytes", True),
         }.items()
         if not right
@@ -250,19 +323,29 @@ def table(sizes):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if unknown := set(args.parts) - {*RUNS, "memory"}:
-        machine.fail(f"--parts {' '.join(sorted(unknown))} is not among {', '.join(RUNS)}, memory")
+    possible = GPU_PARTS if args.gpu else (*RUNS, "memory")
+    args.parts = args.parts or possible
+    if unknown := set(args.parts) - {*possible}:
+        machine.fail(f"--parts {' '.join(sorted(unknown))} is not among {', '.join(possible)}")
+    if args.gpu and not torch.cuda.is_available():
+        machine.fail("--gpu needs a GPU, and this machine has none that PyTorch can use")
     workspace = ROOT / "runs" / f"full_size{'-small' * args.small}"
     file = workspace / "full_size.json" if args.small else ROOT / "experiments" / "results" / "full_size.json"
     read = lambda: json.loads(file.read_text()) if file.exists() else {}
     results = read()
-    todo = [part for part in (*RUNS, "memory") if part in args.parts and part not in results]
+    todo = [part for part in possible if part in args.parts and part not in results]
     if "sd3-resume" in todo and "sd3-grpo" not in todo and not (workspace / "sd3-grpo" / families.LORA_FILE).exists():
         machine.fail("sd3-resume is compared with the run of sd3-grpo, whose folder is not here; delete sd3-grpo from the results")
     workspace.mkdir(parents=True, exist_ok=True)
     for part in todo:
         if part == "memory":
             found = {family: memory(family, args.small) for family in FAMILIES}
+        elif part == "gpu-kernel":
+            found = kernel_on_gpu()
+        elif part in ("gpu-tiny", "gpu-nccl"):
+            found = miniature_on_gpu(workspace, part == "gpu-nccl")
+        elif args.gpu:
+            found = do_gpu_run(part, workspace, args.small)
         else:
             found = do_run(part, workspace, args.small)
         results = read() | {part: found}  # another part may have been written meanwhile
@@ -271,6 +354,6 @@ if __name__ == "__main__":
         print(part, json.dumps(results[part]))
     if "memory" in args.parts:
         print(table(results["memory"]))
-    problems = [f"{part}: {what}" for part in args.parts if part != "memory" for what in wrong(results[part])]
+    problems = [f"{part}: {what}" for part in args.parts if "ratio_0" in results[part] for what in wrong(results[part])]
     if problems:
         sys.exit("\n".join(problems))

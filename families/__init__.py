@@ -97,8 +97,8 @@ def load_pipeline(args):
         pipe.transformer.enable_gradient_checkpointing()
     pipe.transformer.to(args.device)
     pipe.vae.to(args.device)
-    if args.device != "cpu":
-        pipe.vae.enable_slicing()  # decodes one image at a time, whose activations are what fills a GPU's memory
+    if args.device != "cpu" and size >= 256:
+        pipe.vae.enable_slicing()  # decodes one image at a time: a large one's activations are what fills a GPU's memory
     return pipe
 
 
