@@ -97,7 +97,7 @@ SETTINGS = {
         "grpo, ddim": "grpo --sde ddim",
         "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
-    "full": Setting("the scripts' defaults", range(23, 28), "", {"gcpo": "gcpo"}),
+    "full": Setting("the scripts' defaults", range(23, 28), "", {"gcpo": "gcpo", "gcpo, beta 0": "gcpo --beta 0"}),
     "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
