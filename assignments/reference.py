@@ -72,7 +72,7 @@ ANSWERS = {
     "clip_at_other_size": "eps * sqrt(D / D_new)",
     "step_weight": "1 / (K * c)",
     "product_weight_over_grpo": "S / K",
-    "std2_weight": "2 * std**2",
+    "hidden_weight": "2 * std**2",
     "mean_gain": "(R_S - R_0) / S",
     "ddim_std_over_cps": "eta * sqrt(1 - sigma) / sin(eta * pi / 2)",
     "uniform_gradient_mean": "a",

@@ -176,7 +176,7 @@ ANSWERS = {
     "bug_3_symptom": "",
     "step_weight": "",  # part 4
     "product_weight_over_grpo": "",
-    "std2_weight": "",
+    "hidden_weight": "",
     "mean_gain": "",  # part 5
     "ddim_std_over_cps": "",
     "uniform_gradient_mean": "",  # part 6

@@ -133,7 +133,7 @@ def gradient_quotient(std):
         ("clip_at_other_size", simulated_clip, dict(eps=1e-3, D=64, D_new=256), 3e-5),
         ("variety_with_favourite", simulated_variety, dict(p=0.6, M=6), 0.006),
         ("best_of_n_kl", simulated_best_of_n, dict(n=8), 0.007),
-        ("std2_weight", gradient_quotient, dict(std=0.3), 1e-12),
+        ("hidden_weight", gradient_quotient, dict(std=0.3), 1e-12),
     ],
 )
 def test_an_answer_agrees_with_a_simulation(name, simulate, variables, tolerance):
@@ -414,10 +414,10 @@ WRONG = [
     (4, dict(step_weight="1/S"), "GRPO's weight"),
     (4, dict(step_weight="c/K"), "multiplied by c"),
     (4, dict(product_weight_over_grpo="S/(K*c)"), "the geometric mean's"),
-    (4, dict(std2_weight="std**2"), "the density's factor 1/2 is forgotten"),
-    (4, dict(std2_weight="1/(2*std**2)"), "the Gaussian's gradient over this one"),
-    (4, dict(std2_weight="2*std"), "std in place of the variance"),
-    (4, dict(std2_weight="2"), "the factor without the variance"),
+    (4, dict(hidden_weight="std**2"), "the density's factor 1/2 is forgotten"),
+    (4, dict(hidden_weight="1/(2*std**2)"), "the Gaussian's gradient over this one"),
+    (4, dict(hidden_weight="2*std"), "std in place of the variance"),
+    (4, dict(hidden_weight="2"), "the factor without the variance"),
     (5, dict(gains=lambda rewards: -r.gains(rewards)), "a step that raises the reward gains"),
     (5, dict(gains=lambda rewards: r.gains(rewards).roll(1, 1)), "shifted by one step"),
     (5, dict(gains=lambda rewards: rewards[:, 1:] - rewards[:, :1]), "the gain since the start"),

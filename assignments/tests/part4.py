@@ -199,7 +199,7 @@ def test_product_weight_over_grpo(s):
 
 
 @worth(1)
-def test_std2_weight(s):
+def test_hidden_weight(s):
     """Question 4: the weight that is hidden in a log-probability without its constants"""
     mistakes = {
         lambda std: std**2: "the density's factor 1/2 is forgotten: its gradient is (x_next - mean) / (n std²)",
@@ -207,4 +207,4 @@ def test_std2_weight(s):
         lambda std: 2 * std: "std in place of the variance",
         lambda std: 2: "the factor without the variance: the Gaussian divides by std²",
     }
-    formula(s, "std2_weight", lambda std: 2 * std**2, mistakes, std=(0.1, 2))
+    formula(s, "hidden_weight", lambda std: 2 * std**2, mistakes, std=(0.1, 2))
