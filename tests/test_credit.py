@@ -483,16 +483,23 @@ def test_pooled_measurements_are_means_with_their_errors(folder, capsys):
 
 def test_predictions_are_held_against_what_was_measured(tmp_path, capsys):
     """Differences are of the seeds that an arm shares with GRPO; other settings and methods without a pair are left out."""
-    gains = {"GRPO": 1.0, "GRPO, std2": 2.0, "GCPO, adaptive": 1.4, "Stepwise, std2, T' = 1": 3.0, "true advantage": 9.0}
+    gains = {
+        "GRPO": 1.0,
+        "GRPO, std2": 2.0,
+        "GCPO, adaptive": 1.4,
+        "Stepwise, std2, T' = 1": 3.0,
+        "true advantage": 9.0,
+        "Stepwise, T' = 1": 2.5,
+    }
     gains["GCPO, one chunk"] = math.nan
     lines = (f'"{name}",first update,predicted gain,{gain},0.1\n' for name, gain in gains.items())
     (tmp_path / "credit.csv").write_text("method,at,quantity,value,error\n" + "".join(lines))
-    ends = {"grpo": 0.5, "grpo std2": 0.6, "gcpo": 0.54, "stepwise std2": 0.7, "gcpo, one chunk": 0.1}
+    ends = {"grpo": 0.5, "grpo std2": 0.6, "gcpo": 0.54, "stepwise std2": 0.7, "gcpo, one chunk": 0.1, "stepwise": 0.65}
     runs = {arm: {s: np.full((3, 4), end + 0.01 * s) for s in (20, 21)} for arm, end in ends.items()}
     runs["gcpo"][22] = np.zeros((3, 4))  # a seed that GRPO has not
     arms = credit_pictures.arms_of(tmp_path, runs)
     assert {name: arm[2] for name, arm in arms.items()} == pytest.approx(
-        {"GRPO": 0, "GRPO, std2": 0.1, "GCPO, adaptive": 0.04, "Stepwise, std2, T' = 1": 0.2}
+        {"GRPO": 0, "GRPO, std2": 0.1, "GCPO, adaptive": 0.04, "Stepwise, std2, T' = 1": 0.2, "Stepwise, T' = 1": 0.15}
     )
     for setting in ("mechanism", "early"):
         (tmp_path / setting).mkdir()
@@ -506,7 +513,7 @@ def test_predictions_are_held_against_what_was_measured(tmp_path, capsys):
     assert "over 4 arms: 1.00" in said and Image.open(tmp_path / "mechanism" / "predictions.png").width == 800
     with pytest.raises(SystemExit) as stop:
         run(credit_pictures, *flags, tmp_path / "early")
-    assert stop.value.code == 2 and "it takes 4" in capsys.readouterr().err
+    assert stop.value.code == 2 and "it takes 5" in capsys.readouterr().err
 
 
 def test_the_correlations_interval_covers_it():
