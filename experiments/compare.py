@@ -97,7 +97,11 @@ SETTINGS = {
         "grpo, ddim": "grpo --sde ddim",
         "stepwise, cps, T' = 3": "stepwise_grpo --sde cps --substeps 3",
     }),
-    "full": Setting("the scripts' defaults", range(23, 28), "", {"gcpo": "gcpo", "gcpo, beta 0": "gcpo --beta 0"}),
+    "full": Setting("the scripts' defaults, and what keeps variety", range(23, 28), "", {
+        "gcpo": "gcpo",
+        "gcpo, beta 0": "gcpo --beta 0",
+        "gcpo, beta 0, first three steps": "gcpo --beta 0 --ode-steps 3",
+    }),
     "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
@@ -184,6 +188,7 @@ SETTINGS = {
 # setting someone's own, against its first.
 CONTRASTS = {
     "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [], "hacking": [],
+    "full": [("gcpo, beta 0", "gcpo", "differs"), ("gcpo, beta 0, first three steps", "gcpo, beta 0", "differs")],
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
         ("gcpo", "grpo", "differs"),
