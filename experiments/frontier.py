@@ -3,15 +3,15 @@
     python -m experiments.frontier                                                    # table and figure of what is measured
     python -m experiments.frontier --lora runs/compare/full-gcpo-beta-0-23 runs/...   # adds the controls of these runs first
 
-Runs are those of `compare`'s settings `full` and `tuning-variety`, whose curves are in runs.csv; a curve is the mean over seeds of
-every evaluation. Controls are a run's LoRA scaled down, or left out of the last steps (evaluate.py --hybrid), and the base model
-with guidance; they go to frontier.csv. The table compares at equal score: variety where a curve first has it, between neighbouring
-evaluations in proportion. Description, no test. Writes frontier.csv and frontier.png.
+Runs are those of `compare`'s settings `full` and `tuning-variety`, whose curves are in runs.csv. Controls are a run's LoRA scaled
+down, or left out of the last steps (evaluate.py --hybrid), and the base model with guidance; they go to frontier.csv. The table
+compares at equal score: variety where a run first has it, between neighbouring evaluations in proportion; the least, the middle
+one and the most of the seeds that reach it. Description, no test. Writes frontier.csv and frontier.png.
 """
 
 import csv
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -27,14 +27,15 @@ import families
 import machine
 from experiments import compare
 
-RUNS = {  # name in the figure: (setting, method) of which it has the runs
-    "beta 0": [("full", "gcpo, beta 0")],
-    "beta 0.003": [("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130")],
-    "beta 0.01": [("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125")],
-    "beta 0.03, the default": [("full", "gcpo")],
+RUNS = {  # name in the figure: setting and method
+    "beta 0, first three steps": ("full", "gcpo, beta 0, first three steps"),
+    "beta 0": ("full", "gcpo, beta 0"),
+    "beta 0.003": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130"),
+    "beta 0.01": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125"),
+    "beta 0.03, the default": ("full", "gcpo"),
 }
 SCALES, HYBRIDS, GUIDANCES = (0.25, 0.5, 0.75, 1.0), (1 / 3, 2 / 3), (1.0, 1.5, 2.0, 3.0)
-SCORES = (0.65, 0.70, 0.75, 0.78)  # at which variety is compared
+SCORES = (0.65, 0.70, 0.75, 0.80)  # at which variety is compared
 COLUMNS = ("run", "control", "score", "variety")
 
 
@@ -49,29 +50,24 @@ class Args:
 def controls(folder):
     """Rows (run, control, score, variety) of a run's LoRA, scaled and left out at the end; of the base model without a folder."""
     args = evaluate.Args(lora=str(folder or ""), device="cpu", dtype="float32")
+    args.gradient_checkpointing = False
     pipe = bookkeeping.load(args)
 
-    def row(control, args, tuned_steps=None):
+    def row(control, tuned_steps=None):
         found = bookkeeping.evaluate(pipe, args, args.steps, tuned_steps)
         return dict(zip(COLUMNS, (folder.name if folder else "base", control, *found.figures.values())))
 
     if not folder:
         for guidance in GUIDANCES:
-            yield row(f"guidance {guidance:g}", replace(args, guidance=guidance))
+            args.guidance = guidance
+            yield row(f"guidance {guidance:g}")
         return
     for share in HYBRIDS:
-        yield row(f"LoRA in {share:.2f} of the steps", args, round(share * args.steps))
-    whole = families.lora_state(pipe)
+        yield row(f"LoRA in {share:.2f} of the steps", round(share * args.steps))
+    whole = {name: w.clone() for name, w in families.lora_state(pipe).items()}  # on a CPU it shares the LoRA's own memory
     for scale in SCALES:
         families.set_lora(pipe, {name: w * scale if "lora_B" in name else w for name, w in whole.items()})
-        yield row(f"LoRA times {scale:g}", args)
-
-
-def mean_curve(rows, sources):
-    """(evaluations, 2) of score and variety, the mean over a source's seeds, and how many they are."""
-    curves = [row["curve"] for row in rows if (row["setting"], row["method"]) in sources]
-    shortest = min(map(len, curves), default=0)
-    return np.mean([curve[:shortest, 2:] for curve in curves], 0) if curves else None, len(curves)
+        yield row(f"LoRA times {scale:g}")
 
 
 def variety_at(curve, score):
@@ -91,15 +87,16 @@ def read(path):
 
 def draw(curves, points, path):
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for (name, (curve, seeds)), colour in zip(curves.items(), "C3 C1 C2 C0".split()):
-        axes.plot(curve[:, 1], curve[:, 0], ".-", color=colour, label=f"{name}, every ten iterations ({seeds} seeds)")
-        axes.plot(*curve[-1, ::-1], "o", color=colour)
+    for colour, (name, own) in enumerate(curves.items()):
+        for n, curve in enumerate(own):  # (evaluations, 2) of score and variety
+            axes.plot(curve[:, 1], curve[:, 0], "-", color=f"C{colour}", linewidth=0.8, label=f"{name}: {len(own)} runs" * (n == 0))
+            axes.plot(*curve[-1, ::-1], "o", color=f"C{colour}", markersize=5)
     for (kind, label), marker in zip({"times": "beta 0, LoRA scaled", "steps": "beta 0, LoRA in the first steps"}.items(), "x+"):
         chosen = {point["control"]: [] for point in points if kind in point["control"]}
         for point in points:
             chosen.get(point["control"], []).append((point["variety"], point["score"]))
         if chosen:
-            axes.plot(*np.array([np.mean(values, 0) for values in chosen.values()]).T, marker, color="C3", label=label)
+            axes.plot(*np.concatenate([*chosen.values()]).T, f"k{marker}", label=label)
     guided = [(point["variety"], point["score"]) for point in points if point["run"] == "base"]
     if guided:
         axes.plot(*np.array(guided).T, "k^--", markersize=5, label="base model, guidance 1 to 3")
@@ -125,12 +122,14 @@ if __name__ == "__main__":
             writer.writeheader()
             writer.writerows([{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in point.items()} for point in points])
     rows = compare.read_table(args.output_dir / "runs.csv")
-    found = {name: mean_curve(rows, sources) for name, sources in RUNS.items()}
-    curves = {name: (curve, seeds) for name, (curve, seeds) in found.items() if seeds}
-    print(f"{'':28} seeds  variety at score " + "  ".join(f"{score:.2f}" for score in SCORES) + "   at the end: score, variety")
-    for name, (curve, seeds) in curves.items():
-        at = "  ".join(f"{variety_at(curve, score):.2f}" for score in SCORES)
-        print(f"{name:28} {seeds:5}                   {at}   {curve[-1, 0]:.3f}, {curve[-1, 1]:.3f}")
+    found = {name: [row["curve"][:, 2:] for row in rows if (row["setting"], row["method"]) == of] for name, of in RUNS.items()}
+    curves = {name: own for name, own in found.items() if own}
+    print("variety where the score is first reached, [least, middle, most] of the seeds that reach it")
+    for name, own in curves.items():
+        for score in SCORES:
+            at = [v for v in (variety_at(curve, score) for curve in own) if not math.isnan(v)]
+            low, middle, high = np.quantile(at, (0, 0.5, 1)) if at else (math.nan,) * 3
+            print(f"{name:28} score {score:.2f}: {len(at)} of {len(own)} seeds  [{low:.2f}, {middle:.2f}, {high:.2f}]")
     for control in dict.fromkeys(point["control"] for point in points):
         values = np.array([(point["score"], point["variety"]) for point in points if point["control"] == control])
         print(f"{control:28} {len(values):5} runs  score {values[:, 0].mean():.3f}  variety {values[:, 1].mean():.3f}")
