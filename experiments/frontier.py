@@ -89,7 +89,8 @@ def draw(curves, points, path):
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for colour, (name, own) in enumerate(curves.items()):
         for n, curve in enumerate(own):  # (evaluations, 2) of score and variety
-            axes.plot(curve[:, 1], curve[:, 0], "-", color=f"C{colour}", linewidth=0.8, label=f"{name}: {len(own)} runs" * (n == 0))
+            label = f"{name}, runs: {len(own)}" if n == 0 else None
+            axes.plot(curve[:, 1], curve[:, 0], "-", color=f"C{colour}", linewidth=0.8, label=label)
             axes.plot(*curve[-1, ::-1], "o", color=f"C{colour}", markersize=5)
     for (kind, label), marker in zip({"times": "beta 0, LoRA scaled", "steps": "beta 0, LoRA in the first steps"}.items(), "x+"):
         chosen = {point["control"]: [] for point in points if kind in point["control"]}

@@ -16,8 +16,10 @@ from test_runs import ROOT
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import bookkeeping
+import families
+import grpo
 from evaluate import standard_errors
-from experiments import collapse
+from experiments import collapse, frontier
 from judges import clip, to_uint8
 from miniature import pretrain, shapes
 from miniature.shapes import CELLS, COLOURS, SHAPES, Object
@@ -327,3 +329,27 @@ def test_which_attribute_collapsed_is_told():
     assert fixed["colour"] == 0 and fixed["place"] == free["place"]
     wrong = collapse.attributes([*looks, "0rci"], [caption] * 17, [*[1] * 16, 0])
     assert wrong == free
+
+
+def test_variety_is_read_where_a_run_first_has_the_score():
+    curve = [(0.4, 1.0), (0.6, 0.9), (0.5, 0.7), (0.8, 0.4)]
+    assert frontier.variety_at(curve, 0.5) == pytest.approx(0.95) and frontier.variety_at(curve, 0.7) == pytest.approx(0.5)
+    assert math.isnan(frontier.variety_at(curve, 0.9))
+
+
+def test_a_lora_is_scaled_from_its_own_weights_each_time(tmp_path, monkeypatch):
+    pipe = families.load_pipeline(grpo.Args(device="cpu", dtype="float32"))
+    ups = [p for name, p in pipe.transformer.named_parameters() if "lora_B" in name]
+    for p in ups:
+        p.data.fill_(1.0)
+    seen = []
+
+    def evaluated(pipe, args, steps, tuned_steps):
+        seen.append((ups[0].data.mean().item(), tuned_steps))
+        return SimpleNamespace(figures=dict(score=0.5, variety=0.9))
+
+    monkeypatch.setattr(frontier.bookkeeping, "load", lambda args: pipe)
+    monkeypatch.setattr(frontier.bookkeeping, "evaluate", evaluated)
+    rows = list(frontier.controls(tmp_path))
+    assert seen == [(1.0, 2), (1.0, 4), (0.25, None), (0.5, None), (0.75, None), (1.0, None)]
+    assert rows[-1] == dict(run=tmp_path.name, control="LoRA times 1", score=0.5, variety=0.9)
