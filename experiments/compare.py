@@ -418,19 +418,24 @@ def contrasts(runs, planned):
     return lines
 
 
+MARK = {False: dict(fmt="o"), True: dict(fmt="o", markerfacecolor="white")}  # whether the seeds are too few for an interval
 LABEL = [dict(xytext=(x, y), textcoords="offset points", fontsize=9) for x in (3, -15) for y in (3, -11)]  # around its point
 
 
 def draw(runs, title, path):
-    """Differences from the first method in score and in variety with 95 % intervals, paired; and score against variety."""
+    """Differences from the first method in score and in variety with 95 % intervals, paired; and score against variety.
+
+    Two seeds, whose interval would be wider than the picture, are a hollow mark without one.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(11, 1.8 + 0.32 * max(6, len(runs))), width_ratios=(1, 1, 2), layout="constrained")
     first, *others = runs
     for axis, name in zip(axes, ("score", "variety")):
         for y, method in enumerate(others):
             seeds = sorted(runs[method].keys() & runs[first].keys())
             gaps = np.array([endpoints(runs[method][seed])[name] - endpoints(runs[first][seed])[name] for seed in seeds])
+            few = len(gaps) < 3
             if len(gaps):
-                axis.errorbar(gaps.mean(), y, xerr=half_width(gaps), fmt="o", color="C0", capsize=3)
+                axis.errorbar(gaps.mean(), y, xerr=None if few else half_width(gaps), color="C0", capsize=3, **MARK[few])
         axis.axvline(0, color="grey", linewidth=1)
         labels = [f"{textwrap.fill(method, 28)}  {number}" if name == "score" else "" for number, method in enumerate(others, 2)]
         axis.set(yticks=range(len(others)), yticklabels=labels, ylim=(max(len(others), 1) - 0.5, -0.5))
@@ -438,8 +443,9 @@ def draw(runs, title, path):
         axis.grid(axis="x", alpha=0.3)
     for number, curves in enumerate(runs.values(), 1):
         ends = np.array([list(endpoints(curve).values()) for curve in curves.values()])  # (seeds, 2)
-        (score, variety), (dy, dx) = ends.mean(0), (half_width(values) for values in ends.T)
-        axes[2].errorbar(variety, score, xerr=dx, yerr=dy, fmt="o", color="C0", ecolor="lightgrey", markersize=4)
+        few, (score, variety) = len(ends) < 3, ends.mean(0)
+        dy, dx = (None, None) if few else (half_width(values) for values in ends.T)
+        axes[2].errorbar(variety, score, xerr=dx, yerr=dy, color="C0", ecolor="lightgrey", markersize=4, **MARK[few])
         axes[2].annotate(str(number), (variety, score), **LABEL[number % 4])
     axes[2].set(xlabel="variety", ylabel="held-out score")
     axes[2].grid(alpha=0.3)

@@ -154,8 +154,11 @@ def draw_predictions(path, arms):
     r, low, high = correlation(gain[others], difference[others])
     figure, axis = plt.subplots(figsize=(8, 6))
     axis.errorbar(gain, difference, half_width, 1.96 * error, "o", elinewidth=0.8)
-    for name, x, y in zip(arms, gain, difference):
-        axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    for number, (name, x, y) in enumerate(zip(arms, gain, difference), 1):
+        axis.annotate(str(number), (x, y), (4, 4 - 14 * (number % 2)), textcoords="offset points", fontsize=9)
+        axis.plot([], [], " ", label=f"{number}  {name}")
+    axis.legend(fontsize=8, loc="lower right", handlelength=0)
+    axis.set_ylim(difference.min() - 0.15, difference.max() + 0.1)  # intervals of two seeds go on outside
     axis.set(xlabel="predicted gain over GRPO (expected cosine of the gradient)", ylabel="measured difference from GRPO (score)")
     axis.set_title(f"correlation {r:.2f}, 95 % interval {low:.2f} to {high:.2f}, {sum(others)} arms and GRPO", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
