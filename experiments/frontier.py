@@ -92,12 +92,10 @@ def draw(curves, points, path):
             label = f"{name}, runs: {len(own)}" if n == 0 else None
             axes.plot(curve[:, 1], curve[:, 0], "-", color=f"C{colour}", linewidth=0.8, label=label)
             axes.plot(*curve[-1, ::-1], "o", color=f"C{colour}", markersize=5)
-    for (kind, label), marker in zip({"times": "beta 0, LoRA scaled", "steps": "beta 0, LoRA in the first steps"}.items(), "x+"):
-        chosen = {point["control"]: [] for point in points if kind in point["control"]}
-        for point in points:
-            chosen.get(point["control"], []).append((point["variety"], point["score"]))
+    for kind, label, mark in (("times", "beta 0, LoRA scaled", "kx"), ("steps", "beta 0, LoRA in the first steps", "k+")):
+        chosen = [(point["variety"], point["score"]) for point in points if kind in point["control"]]
         if chosen:
-            axes.plot(*np.concatenate([*chosen.values()]).T, f"k{marker}", label=label)
+            axes.plot(*np.array(chosen).T, mark, label=label)
     guided = [(point["variety"], point["score"]) for point in points if point["run"] == "base"]
     if guided:
         axes.plot(*np.array(guided).T, "k^--", markersize=5, label="base model, guidance 1 to 3")
