@@ -102,6 +102,7 @@ SETTINGS = {
         "gcpo, beta 0": "gcpo --beta 0",
         "gcpo, beta 0, first three steps": "gcpo --beta 0 --ode-steps 3",
     }),
+    "candidate": Setting("a fourth candidate for the default", range(30, 35), "", {"gcpo, beta 0.02": "gcpo --beta 0.02"}),
     "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
@@ -174,6 +175,8 @@ SETTINGS = {
     }),
     "hacking": Setting("judges made of preferences, and remedies", range(20, 25), f"{EARLY} --eval-images 432", {
         "poor judge": "gcpo --reward preference-poor --iterations 30 --eval-every 3",
+        "poor judge, grpo": "grpo --reward preference-poor --iterations 30 --eval-every 3",
+        "poor judge, stepwise": "stepwise_grpo --reward preference-poor --iterations 30 --eval-every 3",
         "poor judge, beta 0.03": "gcpo --reward preference-poor --iterations 30 --eval-every 3 --beta 0.03",
         "poor judge and exact reward": "gcpo --reward preference-poor=0.5,shapes=0.5 --iterations 30 --eval-every 3",
         "good judge": "gcpo --reward preference --iterations 90 --eval-every 9",
@@ -187,7 +190,7 @@ SETTINGS = {
 # Planned before the runs: {setting: [(method, against, what is claimed)]}. A setting that is not here tests each method, and every
 # setting someone's own, against its first.
 CONTRASTS = {
-    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "frontier": [], "hacking": [],
+    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "candidate": [], "frontier": [], "hacking": [],
     "full": [("gcpo, beta 0", "gcpo", "differs"), ("gcpo, beta 0, first three steps", "gcpo, beta 0", "differs")],
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
