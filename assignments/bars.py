@@ -1,6 +1,6 @@
 """Measures the training bars: the base score plus half the mean gain of the reference over the seeds; writes bars.json.
 
-    python assignments/bars.py          # parts 2 to 5, five runs each, minutes a run
+    python assignments/bars.py          # parts 2 to 5 and 7, five runs each, minutes a run
     python assignments/bars.py 4        # one part; another process may measure another at the same time
 
 A part's script, flags and seeds are set in bars.json by hand; measure it again after changing them or the script.

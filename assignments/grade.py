@@ -2,7 +2,7 @@
 
     python assignments/grade.py                                  # your assignments/student.py
     python assignments/grade.py --only 3                         # one part
-    python assignments/grade.py --train                          # with the training bars of parts 2 to 5, a minute or two each
+    python assignments/grade.py --train                          # with the training bars of parts 2 to 5 and 7, minutes each
     python assignments/grade.py --solution                       # the scripts' own functions
     python assignments/grade.py submissions/ --csv grades.csv    # a folder of submissions, one file each
 
@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PARTS = dict(enumerate("likelihood,group advantages,ratio and clip,chunks,gains,measuring credit,a fooled judge".split(","), 1))
-BAR_POINTS = 5
+BAR_PARTS, BAR_POINTS = (2, 3, 4, 5, 7), 5
 GRACE = 5  # seconds beyond its limit that a test has to be interrupted in, before its process is ended
 START = 180  # seconds for Python, torch and, with --solution, the scripts to be imported
 OUTPUT = 1  # megabytes that a part may print
@@ -53,7 +53,7 @@ def parse_args():
     parser.add_argument("submission", nargs="?", type=Path, default=HERE / "student.py", help="a file, or a folder of them")
     parser.add_argument("--only", type=int, choices=PARTS, action="append", help="grade this part alone; may be repeated")
     parser.add_argument("--solution", action="store_true", help="grade the reference solution")
-    parser.add_argument("--train", action="store_true", help="train for the bars of parts 2 to 5 too")
+    parser.add_argument("--train", action="store_true", help="train for the bars of parts 2 to 5 and 7 too")
     parser.add_argument("--limit", type=float, default=30, help="seconds a test may take")
     parser.add_argument("--csv", type=Path, help="table of the grades, a line for each submission")
     args = parser.parse_args()
@@ -182,7 +182,7 @@ def grade(submission, parts, limit, train):
     result = dict(submission=submission.name, points=0, of=0, parts={})
     for part in parts:
         tests = grade_part(part, submission, limit)
-        if train and 2 <= part <= 5:
+        if train and part in BAR_PARTS:
             tests.append(grade_bar(part, submission))
         points, of = sum(test["points"] for test in tests), sum(test["of"] for test in tests)
         result["parts"][part] = dict(points=points, of=of, tests=tests)

@@ -82,6 +82,7 @@ ANSWERS = {
     "sign_agreement_of_grpo": "1 / 2 + asin(1 / sqrt(K)) / pi",
     "bradley_terry_gradient": "-1 / (1 + exp(d))",
     "best_of_n_kl": "log(n) - (n - 1) / n",
+    "remedy": "--beta 0.1",
 }
 for number, bug in bugs.BUGS.items():
     ANSWERS |= {f"bug_{number}_line": bug.replacement or bug.line, f"bug_{number}_symptom": bug.symptom}

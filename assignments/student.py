@@ -1,7 +1,7 @@
 """The functions and answers to write, part by part. The sheets 1_likelihood.md to 7_fooled.md say what each of them is.
 
     python assignments/grade.py --only 1        # the tests of a part
-    python assignments/train.py 2               # your functions in a real training run (parts 2 to 5)
+    python assignments/train.py 2               # your functions in a real training run (parts 2 to 5 and 7)
 
 Notation: step k moves x_k at noise level sigma to x_{k+1} at sigma_next < sigma. B images in groups of G images of one prompt,
 group-major: the first G rows are the first group. S trained steps. Tensors are batch-first; the answer has the dtype and the
@@ -186,4 +186,5 @@ ANSWERS = {
     "sign_agreement_of_grpo": "",
     "bradley_terry_gradient": "",  # part 7
     "best_of_n_kl": "",
+    "remedy": "",  # flags, such as "--lr 1e-3"
 }

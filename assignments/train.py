@@ -6,13 +6,14 @@
     python assignments/train.py 4 --solution             # the reference solution
 
 Scripts and flags of the parts are in bars.json. Functions of earlier parts that you have not written stay the script's own. So
-does `ratio`, which is a line of the script's loop.
+does `ratio`, which is a line of the script's loop. Part 7 has no functions to train with: your flags, ANSWERS["remedy"], are added.
 """
 
 import argparse
 import ast
 import importlib.util
 import json
+import shlex
 import sys
 import time
 import types
@@ -34,7 +35,11 @@ FUNCTIONS = {
         ["fixed_chunks", "chunk_log_ratio", "relative_distance", "adaptive_chunks"],
     ),
     5: (["posterior_mean", "sde_step", "log_prob", "clipped_loss"], ["gains", "gain_advantages"]),
+    7: ([], []),
 }
+# Flags that a remedy of part 7 may have: how the policy is trained, not what is judged, how many images are drawn or which evaluated
+REMEDY_FLAGS = ["beta", "chunk-size", "clip", "eta", "iterations", "lr", "ode-steps", "sde", "step-weights", "updates"]
+MAX_ITERATIONS = 30
 
 
 def parse_args():
@@ -53,14 +58,35 @@ def parse_args():
     return args
 
 
-def written(path, part):
-    """The functions {name: function} of a file that the part puts into its script, as far as they are written."""
+def load(path):
+    """The module of a submission."""
     spec = importlib.util.spec_from_file_location("student", path)
     student = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(student)
     except Exception as error:
         fail(f"{path} cannot be imported: {type(error).__name__}: {error}")
+    return student
+
+
+def remedy(path):
+    """The flags, a list of words, that a submission adds to the run of part 7."""
+    try:
+        words = shlex.split(load(path).ANSWERS["remedy"].replace("=", " "))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fail('part 7 trains with your flags: ANSWERS["remedy"] has to be a string such as "--lr 1e-3"')
+    names = [word.removeprefix("--") for word in words if word.startswith("--")]
+    if wrong := [name for name in names if name not in REMEDY_FLAGS]:
+        fail(f"--{wrong[0]} is no remedy of part 7; the flags that are: --{', --'.join(REMEDY_FLAGS)}")
+    for name, value in zip(words, words[1:]):
+        if name == "--iterations" and not (value.isdecimal() and int(value) <= MAX_ITERATIONS):
+            fail(f"--iterations {value} is not within the budget of part 7, at most {MAX_ITERATIONS}")
+    return words
+
+
+def written(path, part):
+    """The functions {name: function} of a file that the part puts into its script, as far as they are written."""
+    student = load(path)
     earlier, own = FUNCTIONS[part]
     functions = {name: getattr(student, name, None) for name in earlier + own}
     is_written = lambda f: callable(f) and "NotImplementedError" not in f.__code__.co_names
@@ -132,9 +158,11 @@ def main():
     args = parse_args()
     bar = json.loads((HERE / "bars.json").read_text())[str(args.part)]
     functions = written(args.functions, args.part)
+    added = remedy(args.functions) if args.part == 7 else []
     own = [name for names in FUNCTIONS[args.part] for name in names if name not in functions]
-    print(f"from {args.functions}: {', '.join(functions)}; the script's own: {', '.join(own) or 'none'}")
-    run_script(bar["script"], functions, [*bar["flags"], *args.flags, "--output-dir", str(args.output_dir)])
+    given = f"the flags {' '.join(added) or '(none)'}" if args.part == 7 else ", ".join(functions)
+    print(f"from {args.functions}: {given}; the script's own: {', '.join(own) or 'none'}")
+    run_script(bar["script"], functions, [*bar["flags"], *added, *args.flags, "--output-dir", str(args.output_dir)])
     score = json.loads((args.output_dir / "result.json").read_text())["final_score"]
     draw(reward_curve(args.output_dir), bar["curve"], args.output_dir / "curve.png")
     beside = "beside the reference's" if bar["curve"] else "alone"

@@ -178,6 +178,7 @@ SETTINGS = {
         "poor judge, grpo": "grpo --reward preference-poor --iterations 30 --eval-every 3",
         "poor judge, stepwise": "stepwise_grpo --reward preference-poor --iterations 30 --eval-every 3",
         "poor judge, beta 0.03": "gcpo --reward preference-poor --iterations 30 --eval-every 3 --beta 0.03",
+        "poor judge, beta 0.1": "gcpo --reward preference-poor --iterations 30 --eval-every 3 --beta 0.1",
         "poor judge and exact reward": "gcpo --reward preference-poor=0.5,shapes=0.5 --iterations 30 --eval-every 3",
         "good judge": "gcpo --reward preference --iterations 90 --eval-every 9",
     }),

@@ -5,7 +5,8 @@
 
 The proxy is what training maximizes, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by
 DROP below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
-evaluations. Variety is nan where hardly an image is right. Writes hacking.csv, a row for each evaluation of each run, and
+evaluations. Whether a method hacks sooner is asked at equal distance: of its gold where the path's KL first passes NATS.
+Variety is nan where hardly an image is right. Writes hacking.csv, a row for each evaluation of each run, and
 overoptimization.png; runs whose folders are gone are read from the former.
 """
 
@@ -20,12 +21,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from statsmodels.stats.multitest import multipletests
 
 from bookkeeping import read_scalars, replacing
 from experiments import compare
 from machine import fail
 
-DROP = 0.05
+DROP, NATS = 0.05, 5.0
+METHODS = ["poor judge", "poor judge, grpo", "poor judge, stepwise"]  # one judge, three methods; all else is the first's
 TAGS = dict(proxy="charts/held_out_reward", gold="charts/held_out_score", variety="charts/variety", kl="charts/path_kl")
 COLUMNS = ("arm", "seed", "iteration", *TAGS)
 
@@ -70,18 +73,32 @@ def verdict(curve):
     return found | dict(hacked=bool(fooled))
 
 
+def gold_at(curve, nats):
+    """Gold of a run where the path's KL first passes `nats`, between evaluations in proportion; nan if it never does."""
+    after = np.argmax(curve["kl"] > nats)
+    if not curve["kl"][after] > nats:
+        return np.nan
+    return np.interp(nats, curve["kl"][after - 1 : after + 1], curve["gold"][after - 1 : after + 1])
+
+
 def draw(curves, path):
-    """Proxy, gold and variety against the square root of the path's KL, a thin line per run."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    """Proxy, gold and variety against the square root of the path's KL, a thin line per run: the methods, and the remedies."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 7), layout="constrained", sharex=True, sharey="col")
     arms = list(dict.fromkeys(arm for arm, _ in curves))
     titles = dict(proxy="proxy: what training maximizes", gold="gold: share of images fully correct", variety="variety")
-    for axis, (name, title) in zip(axes, titles.items()):
-        for (arm, seed), curve in curves.items():
-            label = arm if seed == min(s for a, s in curves if a == arm) else None
-            axis.plot(curve["kl"] ** 0.5, curve[name], color=f"C{arms.index(arm)}", linewidth=1, alpha=0.8, label=label)
-        axis.set(xlabel="distance from the base model, √KL in √nats", title=title)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+    rows = [arm for arm in arms if arm in METHODS], [arm for arm in arms if arm not in METHODS[1:]]
+    for row, names in zip(axes, rows):
+        for axis, (name, title) in zip(row, titles.items()):
+            for arm in names:
+                for i, (_, curve) in enumerate(run for run in curves.items() if run[0][0] == arm):
+                    label = None if i else {"poor judge": "poor judge, gcpo"}.get(arm, arm)
+                    axis.plot(curve["kl"] ** 0.5, curve[name], color=f"C{arms.index(arm)}", linewidth=1, alpha=0.8, label=label)
+            axis.set(title=title)
+            axis.grid(alpha=0.3)
+        if names:
+            row[1].legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set(xlabel="distance from the base model, √KL in √nats")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
@@ -107,3 +124,13 @@ if __name__ == "__main__":
             text = "gold {peak:.3f} around iteration {peak_iteration:.0f}, at the end {end:.3f}, {kept:.0%} of it; "
             text += "proxy {proxy_at_peak:.3f} and {proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
             print(f"  seed {seed}: {text.format(**f, kept=f['end'] / f['peak'])}")
+    tested = {}
+    for first, second in (METHODS[:2], (METHODS[2], METHODS[1])):
+        seeds = [seed for arm, seed in curves if arm == first and (second, seed) in curves]
+        if len(seeds) >= 2:
+            pair = (np.array([gold_at(curves[arm, seed], NATS) for seed in seeds]) for arm in (first, second))
+            tested[first, second] = compare.paired_tests(*pair)
+    corrected = multipletests([t["p"] for t in tested.values()], method="holm")[1] if tested else []
+    for ((first, second), t), p_holm in zip(tested.items(), corrected):
+        text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.3f}, {p_holm:.3f} by Holm; detectable {detectable:.3f}"
+        print(f"gold at {NATS:g} nats, {first} - {second}: {text.format(**t, p_holm=p_holm)}")

@@ -2,6 +2,7 @@
 and a hostile submission harms nothing but its own points."""
 
 import ast
+import dataclasses
 import io
 import json
 import math
@@ -25,6 +26,7 @@ sys.path += [str(COURSE), str(COURSE / "tests")]
 
 import bugs  # noqa: E402, the course's folders have to be on the path before
 import checks  # noqa: E402
+import gcpo  # noqa: E402
 import reference as r  # noqa: E402
 import run_part  # noqa: E402
 import sampler  # noqa: E402
@@ -45,7 +47,7 @@ def test_the_reference_passes_every_test(part):
 
 def test_the_course_has_as_many_points_as_its_readme_says():
     points = sum(test.points for part in range(1, 8) for test in run_part.tests_of(part))
-    assert points == 112 and "112 + 20 points" in (COURSE / "README.md").read_text()
+    assert points == 112 and "112 + 25 points" in (COURSE / "README.md").read_text()
 
 
 def numbers(text):
@@ -570,6 +572,31 @@ def test_the_functions_given_are_the_ones_that_train(part, tmp_path, monkeypatch
     train.run_script(bar["script"], functions, [*bar["flags"], *SMALL, "--output-dir", str(tmp_path / "run")])
     assert called == {*functions} - {"fixed_chunks"}  # the default chunks are adaptive
     train.draw(train.reward_curve(tmp_path / "run"), [0.5], tmp_path / "curve.png")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--reward shapes", "--reward is no remedy of part 7"),
+        ("--beta 0.01 --guidance=3", "--guidance is no remedy"),
+        ("--iterations 31", "--iterations 31 is not within the budget"),
+        ("--iterations=300", "--iterations 300 is not within the budget"),
+        (None, 'ANSWERS["remedy"] has to be a string'),
+        ("--lr '1e-3", 'ANSWERS["remedy"] has to be a string'),
+    ],
+)
+def test_a_remedy_that_changes_more_than_the_training_is_refused(flags, said, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(f"ANSWERS = dict(remedy={flags!r})")
+    with pytest.raises(SystemExit) as error:
+        train.remedy(tmp_path / "mine.py")
+    assert error.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_remedy_is_a_list_of_flags_of_the_script(tmp_path):
+    assert train.remedy(COURSE / "student.py") == []
+    (tmp_path / "mine.py").write_text("ANSWERS = dict(remedy='--lr=1e-3 --iterations 30')")
+    assert train.remedy(tmp_path / "mine.py") == ["--lr", "1e-3", "--iterations", "30"]
+    assert {name.replace("-", "_") for name in train.REMEDY_FLAGS} <= {field.name for field in dataclasses.fields(gcpo.Args)}
 
 
 def test_functions_that_are_not_written_are_named(capsys):

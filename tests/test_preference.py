@@ -200,3 +200,9 @@ def test_a_hacked_run_is_one_whose_gold_falls_while_the_proxy_rises():
     assert verdict["hacked"] and verdict["peak"] == pytest.approx(2 / 3) and verdict["peak_iteration"] == 20
     assert verdict["end"] == pytest.approx(0.61) and verdict["kl"] == verdict["proxy_at_end"] == pytest.approx(0.8)
     assert not found(late, -rising)["hacked"] and not found([0.4, 0.6, 0.7, 0.7, 0.66, 0.6], rising)["hacked"]
+
+
+def test_gold_at_a_distance_is_read_between_evaluations():
+    curve = dict(kl=np.array([0.0, 2.0, 6.0, 4.0, 8.0]), gold=np.array([0.4, 0.4, 0.2, 0.3, 0.0]))
+    assert hacking.gold_at(curve, 5.0) == pytest.approx(0.25)  # where it is first passed, not where it is passed last
+    assert np.isnan(hacking.gold_at(curve, 8.0))
