@@ -37,7 +37,7 @@ FUNCTIONS = {
     5: (["posterior_mean", "sde_step", "log_prob", "clipped_loss"], ["gains", "gain_advantages"]),
     7: ([], []),
 }
-# Flags that a remedy of part 7 may have: how the policy is trained, not what is judged, how many images are drawn or which evaluated
+# Flags that a remedy of part 7 may have: how the policy is trained, not by which judge nor with how many images
 REMEDY_FLAGS = ["beta", "chunk-size", "clip", "eta", "iterations", "lr", "ode-steps", "sde", "step-weights", "updates"]
 MAX_ITERATIONS = 30
 

@@ -3,14 +3,17 @@
     python -m experiments.frontier                                                    # table and figure of what is measured
     python -m experiments.frontier --lora runs/compare/full-gcpo-beta-0-23 runs/...   # adds the controls of these runs first
 
-Runs are those of `compare`'s settings `full` and `tuning-variety`, whose curves are in runs.csv. Controls are a run's LoRA scaled
-down, or left out of the last steps (evaluate.py --hybrid), and the base model with guidance; they go to frontier.csv. The table
-compares at equal score: variety where a run first has it, between neighbouring evaluations in proportion; the least, the middle
-one and the most of the seeds that reach it. Description, no test. Writes frontier.csv and frontier.png.
+Runs are those of `compare`'s settings `full`, `candidate` and `tuning-variety`, whose curves are in runs.csv. Controls are a run's
+LoRA scaled down, left out of the last steps (evaluate.py --hybrid) or drawn with guidance, and the base model with guidance; they
+go to frontier.csv. The table compares at equal score: variety where a run first has it, between neighbouring evaluations in
+proportion; the least, the middle one and the most of the seeds that reach it. Description, no test. Writes frontier.csv and
+frontier.png.
 """
 
 import csv
 import math
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +35,10 @@ RUNS = {  # name in the figure: setting and method
     "beta 0": ("full", "gcpo, beta 0"),
     "beta 0.003": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130"),
     "beta 0.01": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125"),
+    "beta 0.02": ("candidate", "gcpo, beta 0.02"),
     "beta 0.03, the default": ("full", "gcpo"),
 }
-SCALES, HYBRIDS, GUIDANCES = (0.25, 0.5, 0.75, 1.0), (1 / 3, 2 / 3), (1.0, 1.5, 2.0, 3.0)
+SCALES, HYBRIDS, GUIDANCES, BASE_GUIDANCES = (0.25, 0.5, 0.75, 1.0), (1 / 3, 2 / 3), (1.5, 2.0), (1.0, 1.5, 2.0, 3.0)
 SCORES = (0.65, 0.70, 0.75, 0.80)  # at which variety is compared
 COLUMNS = ("run", "control", "score", "variety")
 
@@ -48,7 +52,7 @@ class Args:
 
 
 def controls(folder):
-    """Rows (run, control, score, variety) of a run's LoRA, scaled and left out at the end; of the base model without a folder."""
+    """Rows (run, control, score, variety) of a run's LoRA, left out at the end, scaled and guided; no folder: of the base model."""
     args = evaluate.Args(lora=str(folder or ""), device="cpu", dtype="float32")
     args.gradient_checkpointing = False
     pipe = bookkeeping.load(args)
@@ -58,9 +62,8 @@ def controls(folder):
         return dict(zip(COLUMNS, (folder.name if folder else "base", control, *found.figures.values())))
 
     if not folder:
-        for guidance in GUIDANCES:
-            args.guidance = guidance
-            yield row(f"guidance {guidance:g}")
+        for args.guidance in BASE_GUIDANCES:
+            yield row(f"guidance {args.guidance:g}")
         return
     for share in HYBRIDS:
         yield row(f"LoRA in {share:.2f} of the steps", round(share * args.steps))
@@ -68,6 +71,8 @@ def controls(folder):
     for scale in SCALES:
         families.set_lora(pipe, {name: w * scale if "lora_B" in name else w for name, w in whole.items()})
         yield row(f"LoRA times {scale:g}")
+    for args.guidance in GUIDANCES:  # the last scale is 1
+        yield row(f"LoRA, guidance {args.guidance:g}")
 
 
 def variety_at(curve, score):
@@ -92,10 +97,11 @@ def draw(curves, points, path):
             label = f"{name}, runs: {len(own)}" if n == 0 else None
             axes.plot(curve[:, 1], curve[:, 0], "-", color=f"C{colour}", linewidth=0.8, label=label)
             axes.plot(*curve[-1, ::-1], "o", color=f"C{colour}", markersize=5)
-    for kind, label, mark in (("times", "beta 0, LoRA scaled", "kx"), ("steps", "beta 0, LoRA in the first steps", "k+")):
+    kinds = {"times": ("LoRA scaled", "kx"), "steps": ("LoRA in the first steps", "k+"), "LoRA, g": ("LoRA, guidance 1.5, 2", "kv")}
+    for kind, (label, mark) in kinds.items():
         chosen = [(point["variety"], point["score"]) for point in points if kind in point["control"]]
         if chosen:
-            axes.plot(*np.array(chosen).T, mark, label=label)
+            axes.plot(*np.array(chosen).T, mark, markersize=5, label=label)
     guided = [(point["variety"], point["score"]) for point in points if point["run"] == "base"]
     if guided:
         axes.plot(*np.array(guided).T, "k^--", markersize=5, label="base model, guidance 1 to 3")
@@ -129,7 +135,10 @@ if __name__ == "__main__":
             at = [v for v in (variety_at(curve, score) for curve in own) if not math.isnan(v)]
             low, middle, high = np.quantile(at, (0, 0.5, 1)) if at else (math.nan,) * 3
             print(f"{name:28} score {score:.2f}: {len(at)} of {len(own)} seeds  [{low:.2f}, {middle:.2f}, {high:.2f}]")
-    for control in dict.fromkeys(point["control"] for point in points):
-        values = np.array([(point["score"], point["variety"]) for point in points if point["control"] == control])
-        print(f"{control:28} {len(values):5} runs  score {values[:, 0].mean():.3f}  variety {values[:, 1].mean():.3f}")
+    grouped = defaultdict(list)  # by setting and flags, which are a folder's name without its seed
+    for point in points:
+        grouped[re.sub(r"-\d+$", "", point["run"]), point["control"]].append((point["score"], point["variety"]))
+    for (arm, control), values in grouped.items():
+        score, variety = np.mean(values, 0)
+        print(f"{arm:28} {control:26} {len(values)} runs  score {score:.3f}  variety {variety:.3f}")
     draw(curves, points, args.output_dir / "frontier.png")

@@ -345,11 +345,13 @@ def test_a_lora_is_scaled_from_its_own_weights_each_time(tmp_path, monkeypatch):
     seen = []
 
     def evaluated(pipe, args, steps, tuned_steps):
-        seen.append((ups[0].data.mean().item(), tuned_steps))
+        seen.append((ups[0].data.mean().item(), tuned_steps, args.guidance))
         return SimpleNamespace(figures=dict(score=0.5, variety=0.9))
 
     monkeypatch.setattr(frontier.bookkeeping, "load", lambda args: pipe)
     monkeypatch.setattr(frontier.bookkeeping, "evaluate", evaluated)
     rows = list(frontier.controls(tmp_path))
-    assert seen == [(1.0, 2), (1.0, 4), (0.25, None), (0.5, None), (0.75, None), (1.0, None)]
-    assert rows[-1] == dict(run=tmp_path.name, control="LoRA times 1", score=0.5, variety=0.9)
+    scaled = [(scale, None, 1.0) for scale in (0.25, 0.5, 0.75, 1.0)]
+    assert seen == [(1.0, 2, 1.0), (1.0, 4, 1.0), *scaled, (1.0, None, 1.5), (1.0, None, 2.0)]
+    assert rows[-3] == dict(run=tmp_path.name, control="LoRA times 1", score=0.5, variety=0.9)
+    assert rows[-1]["control"] == "LoRA, guidance 2"
