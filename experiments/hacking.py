@@ -28,7 +28,7 @@ from experiments import compare
 from machine import fail
 
 DROP, NATS = 0.05, 5.0
-METHODS = ["poor judge", "poor judge, grpo", "poor judge, stepwise"]  # one judge, three methods; all else is the first's
+METHODS = ["poor judge, grpo", "poor judge", "poor judge, stepwise"]  # one judge, three methods: "poor judge" is gcpo.py's
 TAGS = dict(proxy="charts/held_out_reward", gold="charts/held_out_score", variety="charts/variety", kl="charts/path_kl")
 COLUMNS = ("arm", "seed", "iteration", *TAGS)
 
@@ -86,12 +86,12 @@ def draw(curves, path):
     figure, axes = plt.subplots(2, 3, figsize=(11, 7), layout="constrained", sharex=True, sharey="col")
     arms = list(dict.fromkeys(arm for arm, _ in curves))
     titles = dict(proxy="proxy: what training maximizes", gold="gold: share of images fully correct", variety="variety")
-    rows = [arm for arm in arms if arm in METHODS], [arm for arm in arms if arm not in METHODS[1:]]
+    rows = [arm for arm in arms if arm in METHODS], [arm for arm in arms if arm not in METHODS or arm == METHODS[1]]
     for row, names in zip(axes, rows):
         for axis, (name, title) in zip(row, titles.items()):
             for arm in names:
                 for i, (_, curve) in enumerate(run for run in curves.items() if run[0][0] == arm):
-                    label = None if i else {"poor judge": "poor judge, gcpo"}.get(arm, arm)
+                    label = None if i else arm + ", gcpo" * (arm == METHODS[1])
                     axis.plot(curve["kl"] ** 0.5, curve[name], color=f"C{arms.index(arm)}", linewidth=1, alpha=0.8, label=label)
             axis.set(title=title)
             axis.grid(alpha=0.3)
@@ -125,12 +125,12 @@ if __name__ == "__main__":
             text += "proxy {proxy_at_peak:.3f} and {proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
             print(f"  seed {seed}: {text.format(**f, kept=f['end'] / f['peak'])}")
     tested = {}
-    for first, second in (METHODS[:2], (METHODS[2], METHODS[1])):
-        seeds = [seed for arm, seed in curves if arm == first and (second, seed) in curves]
+    for method in METHODS[1:]:
+        seeds = [seed for arm, seed in curves if arm == method and (METHODS[0], seed) in curves]
         if len(seeds) >= 2:
-            pair = (np.array([gold_at(curves[arm, seed], NATS) for seed in seeds]) for arm in (first, second))
-            tested[first, second] = compare.paired_tests(*pair)
-    corrected = multipletests([t["p"] for t in tested.values()], method="holm")[1] if tested else []
-    for ((first, second), t), p_holm in zip(tested.items(), corrected):
+            pair = (np.array([gold_at(curves[arm, seed], NATS) for seed in seeds]) for arm in (method, METHODS[0]))
+            tested[method] = compare.paired_tests(*pair)
+    corrected = multipletests([line["p"] for line in tested.values()], method="holm")[1] if tested else []
+    for (method, line), p_holm in zip(tested.items(), corrected):
         text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.3f}, {p_holm:.3f} by Holm; detectable {detectable:.3f}"
-        print(f"gold at {NATS:g} nats, {first} - {second}: {text.format(**t, p_holm=p_holm)}")
+        print(f"gold at {NATS:g} nats, {method} - {METHODS[0]}: {text.format(**line, p_holm=p_holm)}")
