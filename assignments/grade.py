@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PARTS = dict(enumerate("likelihood,group advantages,ratio and clip,chunks,gains,measuring credit,a fooled judge".split(","), 1))
-BAR_PARTS, BAR_POINTS = (2, 3, 4, 5, 7), 5
+BAR_POINTS = 5
 GRACE = 5  # seconds beyond its limit that a test has to be interrupted in, before its process is ended
 START = 180  # seconds for Python, torch and, with --solution, the scripts to be imported
 OUTPUT = 1  # megabytes that a part may print
@@ -152,9 +152,8 @@ def grade_part(part, submission, limit):
     return [dict(test=test, of=of, points=0 if message else of, message=message) for (test, of), message in zip(tests, messages)]
 
 
-def grade_bar(part, submission):
-    """The training bar of one part: points if the submission's functions reach it."""
-    bar = json.loads((HERE / "bars.json").read_text())[str(part)]["bar"]
+def grade_bar(part, submission, bar):
+    """The training bar of one part, a held-out score: points if the submission's functions or flags reach it."""
     if bar is None:
         return dict(test="Training bar", of=0, points=0, message="the bar of this part has not been measured yet")
     title = f"Training bar: held-out score of {bar:.3f} or more"
@@ -180,10 +179,11 @@ def grade(submission, parts, limit, train):
     """Grades one file, prints what is wrong, and returns its line of grade.json."""
     print(f"\n{submission.name}")
     result = dict(submission=submission.name, points=0, of=0, parts={})
+    bars = json.loads((HERE / "bars.json").read_text()) if train else {}
     for part in parts:
         tests = grade_part(part, submission, limit)
-        if train and part in BAR_PARTS:
-            tests.append(grade_bar(part, submission))
+        if str(part) in bars:
+            tests.append(grade_bar(part, submission, bars[str(part)]["bar"]))
         points, of = sum(test["points"] for test in tests), sum(test["of"] for test in tests)
         result["parts"][part] = dict(points=points, of=of, tests=tests)
         result["points"], result["of"] = result["points"] + points, result["of"] + of

@@ -69,10 +69,10 @@ def load(path):
     return student
 
 
-def remedy(path):
+def remedy(student):
     """The flags, a list of words, that a submission adds to the run of part 7."""
     try:
-        words = shlex.split(load(path).ANSWERS["remedy"].replace("=", " "))
+        words = shlex.split(student.ANSWERS["remedy"].replace("=", " "))
     except (AttributeError, KeyError, TypeError, ValueError):
         fail('part 7 trains with your flags: ANSWERS["remedy"] has to be a string such as "--lr 1e-3"')
     names = [word.removeprefix("--") for word in words if word.startswith("--")]
@@ -84,9 +84,8 @@ def remedy(path):
     return words
 
 
-def written(path, part):
-    """The functions {name: function} of a file that the part puts into its script, as far as they are written."""
-    student = load(path)
+def written(student, path, part):
+    """The functions {name: function} of a submission that the part puts into its script, as far as they are written."""
     earlier, own = FUNCTIONS[part]
     functions = {name: getattr(student, name, None) for name in earlier + own}
     is_written = lambda f: callable(f) and "NotImplementedError" not in f.__code__.co_names
@@ -157,10 +156,10 @@ def draw(curve, reference, path):
 def main():
     args = parse_args()
     bar = json.loads((HERE / "bars.json").read_text())[str(args.part)]
-    functions = written(args.functions, args.part)
-    added = remedy(args.functions) if args.part == 7 else []
+    student = load(args.functions)
+    functions, added = written(student, args.functions, args.part), remedy(student) if args.part == 7 else []
     own = [name for names in FUNCTIONS[args.part] for name in names if name not in functions]
-    given = f"the flags {' '.join(added) or '(none)'}" if args.part == 7 else ", ".join(functions)
+    given = ", ".join(functions) or " ".join(added) or "no flags"
     print(f"from {args.functions}: {given}; the script's own: {', '.join(own) or 'none'}")
     run_script(bar["script"], functions, [*bar["flags"], *added, *args.flags, "--output-dir", str(args.output_dir)])
     score = json.loads((args.output_dir / "result.json").read_text())["final_score"]
@@ -169,8 +168,9 @@ def main():
     print(f"Your curve, {beside}: {args.output_dir / 'curve.png'}")
     if bar["bar"] is None:
         print(f"There is no bar and no reference's curve: python assignments/bars.py {args.part} measures them.")
-    elif not args.flags:
-        print(f"Held-out score {score:.3f}, the bar is {bar['bar']:.3f}: {'reached' if score >= bar['bar'] else 'not reached'}")
+    else:
+        reached = "reached" if score >= bar["bar"] else "not reached"
+        print(f"Held-out score{' with further flags' * bool(args.flags)} {score:.3f}, the bar is {bar['bar']:.3f}: {reached}")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,24 @@ import families
 import machine
 from experiments import compare
 
-RUNS = {  # name in the figure: setting and method
+RUNS = {  # name in the figure: setting and method in runs.csv
     "beta 0, first three steps": ("full", "gcpo, beta 0, first three steps"),
     "beta 0": ("full", "gcpo, beta 0"),
     "beta 0.003": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130"),
     "beta 0.01": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125"),
     "beta 0.02": ("candidate", "gcpo, beta 0.02"),
     "beta 0.03, the default": ("full", "gcpo"),
+}
+FOLDERS = {  # of LoRAs, without their seed: name in the figure
+    "full-gcpo-beta-0": "beta 0",
+    "candidate-gcpo-beta-0.02": "beta 0.02",
+    "default": "beta 0.03, the default",
+}
+MARKS = {  # how a control's name begins: its mark, and what the figure calls it
+    "LoRA times": ("x", "LoRA scaled"),
+    "LoRA in": ("+", "LoRA in the first steps"),
+    "LoRA, guidance": ("v", "LoRA, guidance 1.5 and 2"),
+    "guidance": ("^", "base model, guidance 1 to 3"),
 }
 SCALES, HYBRIDS, GUIDANCES, BASE_GUIDANCES = (0.25, 0.5, 0.75, 1.0), (1 / 3, 2 / 3), (1.5, 2.0), (1.0, 1.5, 2.0, 3.0)
 SCORES = (0.65, 0.70, 0.75, 0.80)  # at which variety is compared
@@ -71,8 +82,14 @@ def controls(folder):
     for scale in SCALES:
         families.set_lora(pipe, {name: w * scale if "lora_B" in name else w for name, w in whole.items()})
         yield row(f"LoRA times {scale:g}")
-    for args.guidance in GUIDANCES:  # the last scale is 1
+    families.set_lora(pipe, whole)
+    for args.guidance in GUIDANCES:
         yield row(f"LoRA, guidance {args.guidance:g}")
+
+
+def arm_of(run):
+    """The setting and flags of a run: its folder's name without the seed."""
+    return re.sub(r"-\d+$", "", run)
 
 
 def variety_at(curve, score):
@@ -92,19 +109,17 @@ def read(path):
 
 def draw(curves, points, path):
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for colour, (name, own) in enumerate(curves.items()):
+    colours = {name: f"C{i}" for i, name in enumerate(RUNS)}
+    for name, own in curves.items():
         for n, curve in enumerate(own):  # (evaluations, 2) of score and variety
             label = f"{name}, runs: {len(own)}" if n == 0 else None
-            axes.plot(curve[:, 1], curve[:, 0], "-", color=f"C{colour}", linewidth=0.8, label=label)
-            axes.plot(*curve[-1, ::-1], "o", color=f"C{colour}", markersize=5)
-    kinds = {"times": ("LoRA scaled", "kx"), "steps": ("LoRA in the first steps", "k+"), "LoRA, g": ("LoRA, guidance 1.5, 2", "kv")}
-    for kind, (label, mark) in kinds.items():
-        chosen = [(point["variety"], point["score"]) for point in points if kind in point["control"]]
-        if chosen:
-            axes.plot(*np.array(chosen).T, mark, markersize=5, label=label)
-    guided = [(point["variety"], point["score"]) for point in points if point["run"] == "base"]
-    if guided:
-        axes.plot(*np.array(guided).T, "k^--", markersize=5, label="base model, guidance 1 to 3")
+            axes.plot(curve[:, 1], curve[:, 0], "-", color=colours[name], linewidth=0.8, label=label)
+            axes.plot(*curve[-1, ::-1], "o", color=colours[name], markersize=5)
+    for begins, (mark, label) in MARKS.items():
+        for point in (point for point in points if point["control"].startswith(begins)):
+            colour = colours.get(FOLDERS.get(arm_of(point["run"])), "k")
+            axes.plot(point["variety"], point["score"], mark, color=colour, markersize=6)
+        axes.plot([], [], mark, color="k", label=label)
     axes.set(xlabel="variety", ylabel="held-out score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -137,7 +152,7 @@ if __name__ == "__main__":
             print(f"{name:28} score {score:.2f}: {len(at)} of {len(own)} seeds  [{low:.2f}, {middle:.2f}, {high:.2f}]")
     grouped = defaultdict(list)  # by setting and flags, which are a folder's name without its seed
     for point in points:
-        grouped[re.sub(r"-\d+$", "", point["run"]), point["control"]].append((point["score"], point["variety"]))
+        grouped[arm_of(point["run"]), point["control"]].append((point["score"], point["variety"]))
     for (arm, control), values in grouped.items():
         score, variety = np.mean(values, 0)
         print(f"{arm:28} {control:26} {len(values)} runs  score {score:.3f}  variety {variety:.3f}")

@@ -5,7 +5,8 @@
 
 The proxy is what training maximizes, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by
 DROP below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
-evaluations. Whether a method hacks sooner is asked at equal distance: of its gold where the path's KL first passes NATS.
+evaluations; a remedy works in a run whose gold ends at KEPT of its peak or more. Whether a method hacks sooner is asked at equal
+distance, of its gold where the path's KL first passes NATS.
 Variety is nan where hardly an image is right. Writes hacking.csv, a row for each evaluation of each run, and
 overoptimization.png; runs whose folders are gone are read from the former.
 """
@@ -27,8 +28,10 @@ from bookkeeping import read_scalars, replacing
 from experiments import compare
 from machine import fail
 
-DROP, NATS = 0.05, 5.0
+DROP, KEPT, NATS = 0.05, 0.95, 5.0
 METHODS = ["poor judge, grpo", "poor judge", "poor judge, stepwise"]  # one judge, three methods: "poor judge" is gcpo.py's
+PANELS = [METHODS, ["poor judge", *(arm for arm in compare.SETTINGS["hacking"].methods if arm not in METHODS)]]
+COLOURS = {arm: f"C{i}" for i, arm in enumerate(compare.SETTINGS["hacking"].methods)}
 TAGS = dict(proxy="charts/held_out_reward", gold="charts/held_out_score", variety="charts/variety", kl="charts/path_kl")
 COLUMNS = ("arm", "seed", "iteration", *TAGS)
 
@@ -63,14 +66,14 @@ def read(args):
 
 
 def verdict(curve):
-    """{peak, peak_iteration, end, proxy_at_peak, proxy_at_end, variety, kl, hacked} of a run, means over three evaluations."""
+    """What is said of a run, {peak, peak_iteration, end, ..., hacked, works}: means over three neighbouring evaluations."""
     smooth = {name: np.convolve(values, np.ones(3) / 3, "valid") for name, values in curve.items()}
     at = smooth["gold"].argmax()
     found = dict(peak=smooth["gold"][at], peak_iteration=smooth["iteration"][at], end=smooth["gold"][-1])
     found |= dict(proxy_at_peak=smooth["proxy"][at], proxy_at_end=smooth["proxy"][-1])
     found |= dict(variety=smooth["variety"][-1], kl=smooth["kl"][-1])
     fooled = found["end"] <= found["peak"] - DROP and found["proxy_at_end"] > found["proxy_at_peak"]
-    return found | dict(hacked=bool(fooled))
+    return found | dict(hacked=bool(fooled), works=bool(found["end"] >= KEPT * found["peak"]))
 
 
 def gold_at(curve, nats):
@@ -84,18 +87,16 @@ def gold_at(curve, nats):
 def draw(curves, path):
     """Proxy, gold and variety against the square root of the path's KL, a thin line per run: the methods, and the remedies."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 7), layout="constrained", sharex=True, sharey="col")
-    arms = list(dict.fromkeys(arm for arm, _ in curves))
     titles = dict(proxy="proxy: what training maximizes", gold="gold: share of images fully correct", variety="variety")
-    rows = [arm for arm in arms if arm in METHODS], [arm for arm in arms if arm not in METHODS or arm == METHODS[1]]
-    for row, names in zip(axes, rows):
+    for row, arms in zip(axes, PANELS):
         for axis, (name, title) in zip(row, titles.items()):
-            for arm in names:
-                for i, (_, curve) in enumerate(run for run in curves.items() if run[0][0] == arm):
-                    label = None if i else arm + ", gcpo" * (arm == METHODS[1])
-                    axis.plot(curve["kl"] ** 0.5, curve[name], color=f"C{arms.index(arm)}", linewidth=1, alpha=0.8, label=label)
+            for arm in arms:
+                for i, curve in enumerate(curve for (own, _), curve in curves.items() if own == arm):
+                    label = (arm if arm != "poor judge" else "poor judge, gcpo") if i == 0 else None
+                    axis.plot(curve["kl"] ** 0.5, curve[name], color=COLOURS[arm], linewidth=1, alpha=0.8, label=label)
             axis.set(title=title)
             axis.grid(alpha=0.3)
-        if names:
+        if any(arm in arms for arm, _ in curves):
             row[1].legend(fontsize=8)
     for axis in axes[-1]:
         axis.set(xlabel="distance from the base model, √KL in √nats")
@@ -119,7 +120,8 @@ if __name__ == "__main__":
     draw(curves, args.output_dir / "overoptimization.png")
     for arm in dict.fromkeys(arm for arm, _ in curves):
         found = {seed: verdict(curve) for (a, seed), curve in curves.items() if a == arm}
-        print(f"{arm}: hacked in {sum(f['hacked'] for f in found.values())} of {len(found)} runs")
+        hacked, works = (sum(f[name] for f in found.values()) for name in ("hacked", "works"))
+        print(f"{arm}: of {len(found)} runs {hacked} are hacked, in {works} gold keeps {KEPT:.0%} of its peak")
         for seed, f in found.items():
             text = "gold {peak:.3f} around iteration {peak_iteration:.0f}, at the end {end:.3f}, {kept:.0%} of it; "
             text += "proxy {proxy_at_peak:.3f} and {proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
@@ -127,10 +129,11 @@ if __name__ == "__main__":
     tested = {}
     for method in METHODS[1:]:
         seeds = [seed for arm, seed in curves if arm == method and (METHODS[0], seed) in curves]
-        if len(seeds) >= 2:
-            pair = (np.array([gold_at(curves[arm, seed], NATS) for seed in seeds]) for arm in (method, METHODS[0]))
-            tested[method] = compare.paired_tests(*pair)
+        pairs = np.array([[gold_at(curves[arm, seed], NATS) for arm in (method, METHODS[0])] for seed in seeds]).reshape(-1, 2)
+        pairs = pairs[np.isfinite(pairs).all(1)]  # of seeds where both come that far
+        if len(pairs) >= 2:
+            tested[method] = dict(seeds=len(pairs)) | compare.paired_tests(*pairs.T)
     corrected = multipletests([line["p"] for line in tested.values()], method="holm")[1] if tested else []
     for (method, line), p_holm in zip(tested.items(), corrected):
         text = "{difference:+.3f} [{low:+.3f}, {high:+.3f}], p {p:.3f}, {p_holm:.3f} by Holm; detectable {detectable:.3f}"
-        print(f"gold at {NATS:g} nats, {method} - {METHODS[0]}: {text.format(**line, p_holm=p_holm)}")
+        print(f"gold at {NATS:g} nats, {method} - {METHODS[0]}:", text.format(**line, p_holm=p_holm), f"({line['seeds']} seeds)")

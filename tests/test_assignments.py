@@ -568,7 +568,8 @@ def test_the_functions_given_are_the_ones_that_train(part, tmp_path, monkeypatch
         return lambda *args, **kwargs: called.add(name) or function(*args, **kwargs)
 
     bar = json.loads((COURSE / "bars.json").read_text())[str(part)]
-    functions = {name: spy(name, f) for name, f in train.written(COURSE / "reference.py", part).items()}
+    written = train.written(train.load(COURSE / "reference.py"), COURSE / "reference.py", part)
+    functions = {name: spy(name, f) for name, f in written.items()}
     train.run_script(bar["script"], functions, [*bar["flags"], *SMALL, "--output-dir", str(tmp_path / "run")])
     assert called == {*functions} - {"fixed_chunks"}  # the default chunks are adaptive
     train.draw(train.reward_curve(tmp_path / "run"), [0.5], tmp_path / "curve.png")
@@ -588,20 +589,27 @@ def test_the_functions_given_are_the_ones_that_train(part, tmp_path, monkeypatch
 def test_a_remedy_that_changes_more_than_the_training_is_refused(flags, said, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(f"ANSWERS = dict(remedy={flags!r})")
     with pytest.raises(SystemExit) as error:
-        train.remedy(tmp_path / "mine.py")
+        train.remedy(train.load(tmp_path / "mine.py"))
     assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_remedy_is_a_list_of_flags_of_the_script(tmp_path):
-    assert train.remedy(COURSE / "student.py") == []
+    assert train.remedy(train.load(COURSE / "student.py")) == []
     (tmp_path / "mine.py").write_text("ANSWERS = dict(remedy='--lr=1e-3 --iterations 30')")
-    assert train.remedy(tmp_path / "mine.py") == ["--lr", "1e-3", "--iterations", "30"]
+    assert train.remedy(train.load(tmp_path / "mine.py")) == ["--lr", "1e-3", "--iterations", "30"]
     assert {name.replace("-", "_") for name in train.REMEDY_FLAGS} <= {field.name for field in dataclasses.fields(gcpo.Args)}
+
+
+def test_the_sheet_of_part_7_says_what_its_bar_is():
+    bar = json.loads((COURSE / "bars.json").read_text())["7"]
+    sheet = (COURSE / "7_fooled.md").read_text()
+    assert f"has to be {bar['bar']:.3f} or more" in sheet and f"{bar['base']:.3f} on the 864 images" in sheet
+    assert all(f"`--{name}`" in sheet for name in train.REMEDY_FLAGS) and f"({train.MAX_ITERATIONS} at most)" in sheet
 
 
 def test_functions_that_are_not_written_are_named(capsys):
     with pytest.raises(SystemExit) as error:
-        train.written(COURSE / "student.py", 3)
+        train.written(train.load(COURSE / "student.py"), COURSE / "student.py", 3)
     assert error.value.code == 2 and "clipped_loss" in capsys.readouterr().err
 
 
