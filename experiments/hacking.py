@@ -30,7 +30,7 @@ from machine import fail
 
 DROP, KEPT, NATS = 0.05, 0.95, 5.0
 METHODS = ["poor judge, grpo", "poor judge", "poor judge, stepwise"]  # one judge, three methods: "poor judge" is gcpo.py's
-PANELS = [METHODS, ["poor judge", *(arm for arm in compare.SETTINGS["hacking"].methods if arm not in METHODS)]]
+REMEDIES = ["poor judge", "poor judge, beta 0.03", "poor judge, beta 0.1", "poor judge and exact reward"]
 COLOURS = {arm: f"C{i}" for i, arm in enumerate(compare.SETTINGS["hacking"].methods)}
 TAGS = dict(proxy="charts/held_out_reward", gold="charts/held_out_score", variety="charts/variety", kl="charts/path_kl")
 COLUMNS = ("arm", "seed", "iteration", *TAGS)
@@ -85,16 +85,17 @@ def gold_at(curve, nats):
 
 
 def draw(curves, path):
-    """Proxy, gold and variety against the square root of the path's KL, a thin line per run: the methods, and the remedies."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 7), layout="constrained", sharex=True, sharey="col")
+    """Proxy, gold and variety against the square root of the path's KL, a thin line per run: methods, remedies, the good judge."""
+    figure, axes = plt.subplots(3, 3, figsize=(11, 10), layout="constrained", sharex=True)
     titles = dict(proxy="proxy: what training maximizes", gold="gold: share of images fully correct", variety="variety")
-    for row, arms in zip(axes, PANELS):
+    limits = dict(gold=(0, 0.7), variety=(0.3, 1.1))
+    for row, arms in zip(axes, (METHODS, REMEDIES, ["good judge"])):
         for axis, (name, title) in zip(row, titles.items()):
             for arm in arms:
                 for i, curve in enumerate(curve for (own, _), curve in curves.items() if own == arm):
                     label = (arm if arm != "poor judge" else "poor judge, gcpo") if i == 0 else None
                     axis.plot(curve["kl"] ** 0.5, curve[name], color=COLOURS[arm], linewidth=1, alpha=0.8, label=label)
-            axis.set(title=title)
+            axis.set(title=title, ylim=limits.get(name))
             axis.grid(alpha=0.3)
         if any(arm in arms for arm, _ in curves):
             row[1].legend(fontsize=8)
