@@ -61,7 +61,7 @@ class Setting(NamedTuple):
     """{name: script or variant and its own flags, which come later and win}; differences are drawn from the first"""
 
 
-# At T = 17 every arm has the learning rate and the clip that `tuning-17` and then `tuning-17-clip` favour for it
+# At T = 17 every arm has the learning rate that `tuning-17` favours for it, and the clip of T = 6 until `tuning-17-clip` is run
 TUNED = {
     "grpo": ("2e-3", "3e-4"),
     "grpo --step-weights std2": ("2e-3", "3e-4"),
