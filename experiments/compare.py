@@ -102,7 +102,6 @@ SETTINGS = {
         "gcpo, beta 0": "gcpo --beta 0",
         "gcpo, beta 0, first three steps": "gcpo --beta 0 --ode-steps 3",
     }),
-    "candidate": Setting("a fourth candidate for the default", range(30, 35), "", {"gcpo, beta 0.02": "gcpo --beta 0.02"}),
     "all-steps": Setting("T = 6, all steps but the last trained", range(5), f"--iterations 100 {EARLY} --ode-steps 1", {
         "grpo": "grpo",
         "gcpo, adaptive": "gcpo --max-chunk 4",
@@ -133,6 +132,7 @@ SETTINGS = {
             "--sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125",
         )
     }),
+    "candidate": Setting("a fourth candidate for the default", range(30, 35), "", {"gcpo, beta 0.02": "gcpo --beta 0.02"}),
     "tuning": Setting("T = 6, the three early steps, rates and clips", (100,), f"--iterations 60 {EARLY}", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
         for script in ("grpo", "gcpo", "stepwise_grpo")
