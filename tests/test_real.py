@@ -271,7 +271,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(tmp_pa
             assert process.exitcode == 0
         assert (folder / LORA).read_bytes() == expected, f"run {i}"
         assert not list(folder.glob(".*tmp*"))
-    assert killed >= 4  # of twelve; else the moments came after the end and the test shows little. A busy machine makes `whole` long
+    assert killed >= 4  # else the moments came after the end and the test shows little; `whole` is long on a busy machine
 
 
 # evaluate.py
