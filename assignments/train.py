@@ -157,10 +157,11 @@ def main():
     args = parse_args()
     bar = json.loads((HERE / "bars.json").read_text())[str(args.part)]
     student = load(args.functions)
-    functions, added = written(student, args.functions, args.part), remedy(student) if args.part == 7 else []
+    functions = written(student, args.functions, args.part)
+    added = remedy(student) if args.part == 7 else []
     own = [name for names in FUNCTIONS[args.part] for name in names if name not in functions]
-    given = ", ".join(functions) or " ".join(added) or "no flags"
-    print(f"from {args.functions}: {given}; the script's own: {', '.join(own) or 'none'}")
+    given = f"{', '.join(functions)}; the script's own: {', '.join(own) or 'none'}" if functions else " ".join(added) or "no flags"
+    print(f"from {args.functions}: {given}")
     run_script(bar["script"], functions, [*bar["flags"], *added, *args.flags, "--output-dir", str(args.output_dir)])
     score = json.loads((args.output_dir / "result.json").read_text())["final_score"]
     draw(reward_curve(args.output_dir), bar["curve"], args.output_dir / "curve.png")

@@ -38,7 +38,7 @@ RUNS = {  # name in the figure: setting and method in runs.csv
     "beta 0.02": ("candidate", "gcpo, beta 0.02"),
     "beta 0.03, the default": ("full", "gcpo"),
 }
-FOLDERS = {  # of LoRAs, without their seed: name in the figure
+FOLDERS = {  # of LoRAs, without their seed: name in the figure; `default` is python gcpo.py --output-dir runs/default-0
     "full-gcpo-beta-0": "beta 0",
     "candidate-gcpo-beta-0.02": "beta 0.02",
     "default": "beta 0.03, the default",

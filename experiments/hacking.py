@@ -6,9 +6,8 @@
 The proxy is what training maximizes, the gold the exact verdict, both of the same held-out images. A run is hacked if gold ends by
 DROP below its own peak while the proxy is higher at the end than at that peak, each taken as the mean over three neighbouring
 evaluations; a remedy works in a run whose gold ends at KEPT of its peak or more. Whether a method hacks sooner is asked at equal
-distance, of its gold where the path's KL first passes NATS.
-Variety is nan where hardly an image is right. Writes hacking.csv, a row for each evaluation of each run, and
-overoptimization.png; runs whose folders are gone are read from the former.
+distance, of its gold where the path's KL first passes NATS. Variety is nan where hardly an image is right. Writes hacking.csv, a
+row for each evaluation of each run, and overoptimization.png; runs whose folders are gone are read from the former.
 """
 
 import csv
@@ -126,6 +125,7 @@ if __name__ == "__main__":
         for seed, f in found.items():
             text = "gold {peak:.3f} around iteration {peak_iteration:.0f}, at the end {end:.3f}, {kept:.0%} of it; "
             text += "proxy {proxy_at_peak:.3f} and {proxy_at_end:.3f}; at the end variety {variety:.3f}, KL {kl:.1f} nats"
+            text += f"; gold at {NATS:g} nats {gold_at(curves[arm, seed], NATS):.3f}"
             print(f"  seed {seed}: {text.format(**f, kept=f['end'] / f['peak'])}")
     tested = {}
     for method in METHODS[1:]:
