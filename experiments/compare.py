@@ -132,6 +132,10 @@ SETTINGS = {
             "--sde flow --eta 0.7 --ode-steps 2 --beta 0.01 --iterations 125",
         )
     }),
+    "old-default": Setting("the default before this one, and its KL", range(20, 25), f"--iterations 150 {EARLY}", {
+        "gcpo": "gcpo",
+        "gcpo, beta 0.03": "gcpo --beta 0.03",
+    }),
     "candidate": Setting("a fourth candidate for the default", range(30, 35), "", {"gcpo, beta 0.02": "gcpo --beta 0.02"}),
     "tuning": Setting("T = 6, the three early steps, rates and clips", (100,), f"--iterations 60 {EARLY}", {
         f"{script} --lr {lr} --clip {clip}": f"{script} --lr {lr} --clip {clip}"
