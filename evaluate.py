@@ -133,7 +133,7 @@ def clip_distances(pipe, args, evaluation):
     """{"lora", "base" and their "difference": {distance, error}}: `clip.distances` averaged as scores are, error over captions."""
     images = {"lora" if args.lora else "base": evaluation.images}
     if args.lora:
-        images["base"] = bookkeeping.evaluate(pipe, args, args.steps, 0).images
+        images["base"] = bookkeeping.evaluate(pipe, args, args.steps, range(0)).images
     category_of = dict(zip(evaluation.prompts, evaluation.categories))
     captions, categories = list(category_of), list(category_of.values())
     distances = {name: np.array(list(clip.distances(x, evaluation.prompts).values())) for name, x in images.items()}
@@ -159,14 +159,14 @@ if __name__ == "__main__":
             machine.fail(str(error).replace("--reward", "--variety"))
     pipe = bookkeeping.load(args)
     folder.mkdir(parents=True, exist_ok=True)
-    tuned_steps = round(args.hybrid * args.steps)
+    tuned_steps = range(round(args.hybrid * args.steps))
     evaluate, name = (benchmark, args.benchmark) if args.benchmark else (bookkeeping.evaluate, "evaluation")
     evaluation = evaluate(pipe, args, args.steps, tuned_steps)
     scores, prompts, categories = evaluation.scores, evaluation.prompts, evaluation.categories
     by_category = bookkeeping.category_means(scores, categories)
     over_images, over_captions = standard_errors(scores, prompts, categories)
     known = lambda value: None if math.isnan(value) else value  # JSON has no nan
-    result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=tuned_steps)
+    result = dict(model=args.model, lora=args.lora, reward=args.reward, steps=args.steps, tuned_steps=len(tuned_steps))
     result |= dict(guidance=args.guidance, images=len(prompts), captions=len(set(prompts)), score=float(scores.mean()))
     result |= dict(error_over_images=known(over_images), error_over_captions=over_captions, categories=by_category)
     if args.benchmark:  # its tasks have unequal numbers of prompts and the same weight
@@ -196,4 +196,4 @@ if __name__ == "__main__":
     bookkeeping.write_json(folder / f"{name}.json", result)
     images = evaluation.images
     bookkeeping.save_grid(images, prompts[:: len(prompts) // len(images)], folder / f"{name}.png")
-    print(f"{tuned_steps} of {args.steps} steps with the LoRA; written to {folder}/{name}.json and {name}.png")
+    print(f"{len(tuned_steps)} of {args.steps} steps with the LoRA; written to {folder}/{name}.json and {name}.png")

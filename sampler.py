@@ -163,7 +163,7 @@ def path_kl(pipe, prompts, noise, args):
 def sample_ode(pipe, prompts, noise, steps, args, tuned_steps=None):
     """Images (B, 3, H, W) of B prompts by `steps` Euler steps from noise (B, C, H, W).
 
-    The LoRA takes part in the first `tuned_steps` of them (None: in all), the model without it does the rest.
+    The LoRA takes part in those of range(steps) that are in `tuned_steps` (None: in all), the model without it does the rest.
     """
     text = encode(pipe, prompts, args)
     sigmas = schedule(pipe, steps, args.device)
@@ -171,7 +171,7 @@ def sample_ode(pipe, prompts, noise, steps, args, tuned_steps=None):
     for rows in batches(torch.arange(len(prompts)), args.micro_batch):
         x = noise[rows].to(args.device)
         for k in range(steps):
-            with nullcontext() if tuned_steps is None or k < tuned_steps else families.adapter_off(pipe):
+            with nullcontext() if tuned_steps is None or k in tuned_steps else families.adapter_off(pipe):
                 v = velocity(pipe, x, sigmas[k].expand(len(rows)), text.rows(rows), args)
             x = x + v * (sigmas[k + 1] - sigmas[k])
         images.append(decode(pipe, x))

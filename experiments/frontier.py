@@ -77,7 +77,7 @@ def controls(folder):
             yield row(f"guidance {args.guidance:g}")
         return
     for share in HYBRIDS:
-        yield row(f"LoRA in {share:.2f} of the steps", round(share * args.steps))
+        yield row(f"LoRA in {share:.2f} of the steps", range(round(share * args.steps)))
     whole = {name: w.clone() for name, w in families.lora_state(pipe).items()}  # on a CPU it shares the LoRA's own memory
     for scale in SCALES:
         families.set_lora(pipe, {name: w * scale if "lora_B" in name else w for name, w in whole.items()})
@@ -105,6 +105,11 @@ def read(path):
         return []
     with open(path, newline="") as file:
         return [row | dict(score=float(row["score"]), variety=float(row["variety"])) for row in csv.DictReader(file)]
+
+
+def write(path, points):
+    text = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in point.items()} for point in points]
+    compare.write_table(path, text)
 
 
 def draw(curves, points, path):
@@ -137,10 +142,7 @@ if __name__ == "__main__":
     for folder in (*args.lora, *([None] if args.lora else ())):
         name = folder.name if folder else "base"
         points = [point for point in points if point["run"] != name] + list(controls(folder))
-        with bookkeeping.replacing(table) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows([{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in point.items()} for point in points])
+        write(table, points)
     rows = compare.read_table(args.output_dir / "runs.csv")
     found = {name: [row["curve"][:, 2:] for row in rows if (row["setting"], row["method"]) == of] for name, of in RUNS.items()}
     curves = {name: own for name, own in found.items() if own}

@@ -39,13 +39,16 @@ def test_every_group_has_noise_of_its_own():
     assert torch.equal(starts[1:], start) and torch.equal(both[3:], steps)
 
 
-def test_the_lora_makes_the_first_steps_of_a_hybrid(monkeypatch):
+def test_the_lora_makes_the_steps_of_a_hybrid_alone(monkeypatch):
     args, velocity, with_lora = grpo.Args(device="cpu", dtype="float32"), sampler.velocity, []
     pipe = families.load_pipeline(args)
     layer = next(m for m in pipe.transformer.modules() if hasattr(m, "lora_A"))
     monkeypatch.setattr(sampler, "velocity", lambda *a: with_lora.append(not layer.disable_adapters) or velocity(*a))
-    sampler.sample_ode(pipe, ["a circle"], torch.zeros(1, *sampler.latent_shape(pipe)), 5, args, tuned_steps=2)
+    sampler.sample_ode(pipe, ["a circle"], torch.zeros(1, *sampler.latent_shape(pipe)), 5, args, tuned_steps=range(2))
     assert with_lora == [True, True, False, False, False]
+    with_lora.clear()
+    sampler.sample_ode(pipe, ["a circle"], torch.zeros(1, *sampler.latent_shape(pipe)), 3, args, tuned_steps={0, 2})
+    assert with_lora == [True, False, True]
 
 
 def test_training_prompts_are_drawn_from_every_category():

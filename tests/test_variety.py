@@ -265,7 +265,7 @@ def test_variety_by_clip_is_the_distance_of_a_captions_images(tiny_clip, monkeyp
     prompts = ["a circle", "a cross"] * 3 + ["a circle"] + ["two red crosses"] * 2
     categories = ["one" if p.startswith("a") else "two" for p in prompts]
     base = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    images = {None: base, 4: base[[prompts.index(p) for p in prompts]], 0: base}  # by the steps with the LoRA
+    images = {None: base, range(4): base[[prompts.index(p) for p in prompts]], range(0): base}  # by the steps with the LoRA
     (tiny_clip / "args.json").write_text("{}")
     calls = []
 
@@ -278,7 +278,7 @@ def test_variety_by_clip_is_the_distance_of_a_captions_images(tiny_clip, monkeyp
     monkeypatch.setattr(bookkeeping, "evaluate", planted)
     evaluate(monkeypatch, "--lora", tiny_clip, "--variety", "clip", "--steps", "5", "--hybrid", "0.8")
     result, out = json.loads((tiny_clip / "evaluation.json").read_text())["clip_distances"], capsys.readouterr().out
-    assert calls == [(5, 4), (5, 0)]
+    assert calls == [(5, range(4)), (5, range(0))]
     model, processor = clip.load("clip")
     pixels = processor(images=list(to_uint8(base)), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -331,6 +331,26 @@ def test_which_attribute_collapsed_is_told():
     assert wrong == free
 
 
+def test_the_lora_is_switched_off_step_by_step(tmp_path, monkeypatch):
+    """Of two images of a circle the second is another one while the LoRA is off at the first step, so that step carries the loss."""
+    seen = []
+
+    def evaluated(pipe, args, steps, tuned_steps):
+        seen.append(list(tuned_steps))
+        looks = ["0rci", "0rci" if 0 in tuned_steps else "1bci"]
+        return SimpleNamespace(figures=dict(score=1.0, variety=0.5), looks=looks, prompts=["a circle"] * 2, scores=np.ones(2))
+
+    monkeypatch.setattr(collapse.bookkeeping, "load", lambda args: None)
+    monkeypatch.setattr(collapse.bookkeeping, "evaluate", evaluated)
+    rows = list(collapse.rows_of(tmp_path))
+    assert seen[:3] == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [0, 2, 3, 4, 5]] and seen[7:] == [[*range(k)] for k in range(1, 6)]
+    assert len(rows) == len(seen) == 12 and rows[1]["lora_at"] == "2 3 4 5 6"
+    assert [row["place"] > 0 for row in rows] == [row["colour"] > 0 for row in rows] == [False, True, *[False] * 10]
+    frontier.write(tmp_path / "collapse.csv", rows)
+    back = frontier.read(tmp_path / "collapse.csv")
+    assert [(row["lora_at"], row["score"]) for row in back] == [(row["lora_at"], 1.0) for row in rows]
+
+
 def test_variety_is_read_where_a_run_first_has_the_score():
     curve = [(0.4, 1.0), (0.6, 0.9), (0.5, 0.7), (0.8, 0.4)]
     assert frontier.variety_at(curve, 0.5) == pytest.approx(0.95) and frontier.variety_at(curve, 0.7) == pytest.approx(0.5)
@@ -352,6 +372,6 @@ def test_a_lora_is_scaled_from_its_own_weights_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier.bookkeeping, "evaluate", evaluated)
     rows = list(frontier.controls(tmp_path))
     scaled = [(scale, None, 1.0) for scale in (0.25, 0.5, 0.75, 1.0)]
-    assert seen == [(1.0, 2, 1.0), (1.0, 4, 1.0), *scaled, (1.0, None, 1.5), (1.0, None, 2.0)]
+    assert seen == [(1.0, range(2), 1.0), (1.0, range(4), 1.0), *scaled, (1.0, None, 1.5), (1.0, None, 2.0)]
     assert rows[-3] == dict(run=tmp_path.name, control="LoRA times 1", score=0.5, variety=0.9)
     assert rows[-1]["control"] == "LoRA, guidance 2"
