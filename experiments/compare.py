@@ -10,9 +10,10 @@ Runs side by side have one thread each and are not compiled; more threads would 
 its folder in --runs-dir.
 
 The endpoints, fixed beforehand, are the means of a run's last three evaluations: held-out score and variety. Of CONTRASTS each is
-tested by a paired t test over the seeds that both methods have; Welch's test, which does not pair, and from ten seeds on the
-sign-flip permutation test stand beside it. Where a contrast claims "same", the p-value is that of two one-sided tests (TOST)
-against MARGIN. Holm's correction is over the contrasts of a setting, for score and variety separately.
+tested by a paired t test over the seeds that both methods have; Welch's test, which does not pair, and from ten pairs on the
+sign-flip permutation test stand beside it. A contrast with a * pools the pairs of all methods that fit, the * standing for the same
+on both sides. Where a contrast claims "same", the p-value is that of two one-sided tests (TOST) against MARGIN. Holm's correction
+is over the contrasts of a setting, for score and variety separately.
 
 Writes runs.csv, comparison.csv (a row per setting and method), contrasts.csv (a row per contrast) and <setting>.png. Rows of
 runs.csv from before variety was measured are of older code: they are read as setting "<name>, older code", which no report shows.
@@ -221,9 +222,9 @@ CONTRASTS = {
         *((f"{kernel}: grpo std2", f"{kernel}: grpo", "differs") for kernel in KERNELS),
     ],
     "six": [
-        *((f"{name} std2, 5 steps", f"{name}, 3 steps", "same") for name in SCRIPTS),
-        *((f"{name}{weight}, {steps} steps", f"grpo{weight}, {steps} steps", "differs")
-          for steps in (5, 3) for weight in WEIGHTS for name in ("gcpo", "stepwise")),
+        ("* std2, 5 steps", "*, 3 steps", "same"),  # the papers' rule, weighted, against the early steps alone
+        ("stepwise*", "grpo*", "differs"),
+        ("gcpo*", "grpo*", "differs"),
     ],
 }  # fmt: skip
 
@@ -393,19 +394,29 @@ def planned(setting, runs):
     return [*contrasts, *((method, first, "differs") for method in others if method not in ours)]
 
 
+def pairs(runs, method, against):
+    """Curves (pairs, 2, evaluations, 4) of a method and another by the seeds that both have; a * pools what fits on both sides."""
+    found = []
+    for name, curves in runs.items():
+        if fits := re.fullmatch(re.escape(method).replace(r"\*", "(.+)"), name):
+            other = runs.get(against.replace("*", *fits.groups()) if fits.groups() else against, {})
+            found += [(curves[seed], other[seed]) for seed in sorted(curves.keys() & other.keys())]
+    return np.array(found)
+
+
 def contrasts(runs, planned):
-    """A row per planned contrast whose two methods share two seeds or more: what `paired_tests` says, and the way there.
+    """A row per planned contrast that has two pairs of runs or more: what `paired_tests` says, and the way there.
 
     `images_to_it` and `minutes_to_it` are what the mean curve takes to the other's score, `images_of_its_own` and so on what the
     other's mean curve takes; `relative_gain` is the gain over the base model, divided by the other's.
     """
     lines = []
     for method, against, claim in planned:
-        seeds = sorted(runs.get(method, {}).keys() & runs.get(against, {}).keys())
-        if len(seeds) < 2:
+        both = pairs(runs, method, against)
+        if len(both) < 2:
             continue
-        own, other = (np.array([runs[m][seed] for seed in seeds]) for m in (method, against))  # (seeds, evaluations, 4)
-        line = dict(method=method, against=against, claim=claim, seeds=len(seeds))
+        own, other = both.swapaxes(0, 1)  # (pairs, evaluations, 4)
+        line = dict(method=method, against=against, claim=claim, pairs=len(both))
         for name in ("score", "variety"):
             ends, others = (np.array([endpoints(curve)[name] for curve in curves]) for curves in (own, other))
             if np.isfinite([ends, others]).all():
@@ -469,7 +480,7 @@ def show(setting, summaries, tests):
         text = "{score:.3f} ± {score_half_width:.3f}  variety {variety:.3f} ± {variety_half_width:.3f}  {seeds} seeds"
         print(f"{line['method']:50}  score {text.format(**line)}")
     for line in tests:
-        print(f"{line['method']} against {line['against']} ({line['claim']}), {line['seeds']} seeds")
+        print(f"{line['method']} against {line['against']} ({line['claim']}), {line['pairs']} pairs")
         for name in ("score", "variety"):
             if f"{name}_p" in line:
                 numbers = {key.removeprefix(f"{name}_"): value for key, value in line.items() if key.startswith(f"{name}_")}

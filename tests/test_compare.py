@@ -97,6 +97,22 @@ def test_the_report_pairs_by_seed_and_corrects_over_the_contrasts():
     assert adaptive["images_to_it"] == pytest.approx(100 * 0.2 / 0.3, abs=1) and adaptive["images_of_its_own"] == pytest.approx(100)
 
 
+def test_a_contrast_with_a_star_pools_the_pairs_that_fit():
+    """Weights add 0.1, Stepwise 0.2; GCPO has no weighted run, Stepwise one seed of it."""
+    ends = {
+        "grpo, 3 steps": 0.5,
+        "grpo std2, 5 steps": 0.6,
+        "gcpo, 3 steps": 0.5,
+        "stepwise, 3 steps": 0.7,
+        "stepwise std2, 5 steps": 0.8,
+    }
+    runs = {m: {s: curve(0.4, *[end + 0.01 * s] * 3) for s in range(2)} for m, end in ends.items()}
+    del runs["stepwise std2, 5 steps"][1]
+    rule, stepwise, gcpo = compare.contrasts(runs, compare.CONTRASTS["six"])
+    assert [line["pairs"] for line in (rule, stepwise, gcpo)] == [3, 3, 2]
+    assert [line["score_difference"] for line in (rule, stepwise, gcpo)] == pytest.approx([0.1, 0.2, 0.0])
+
+
 def test_equal_runs_differ_by_nothing():
     runs = {m: {s: curve(0.4, *[0.5 + 0.01 * s] * 3) for s in range(3)} for m in ("grpo", "gcpo")}
     (line,) = compare.contrasts(runs, [("gcpo", "grpo", "differs")])
@@ -118,7 +134,8 @@ def test_older_rows_are_read_and_kept_apart(tmp_path):
 
 def test_every_planned_contrast_is_of_methods_of_its_setting():
     for setting, planned in compare.CONTRASTS.items():
-        assert {m for method, against, _ in planned for m in (method, against)} <= set(compare.SETTINGS[setting].methods)
+        runs = {method: {20: curve(0.4, 0.5, 0.6)} for method in compare.SETTINGS[setting].methods}
+        assert all(len(compare.pairs(runs, method, against)) for method, against, _ in planned)
         assert {claim for *_, claim in planned} <= {"differs", "same"} and len(set(planned)) == len(planned)
 
 

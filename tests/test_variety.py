@@ -332,7 +332,7 @@ def test_which_attribute_collapsed_is_told():
 
 
 def test_the_lora_is_switched_off_step_by_step(tmp_path, monkeypatch):
-    """Of two images of a circle the second is another one while the LoRA is off at the first step, so that step carries the loss."""
+    """Of two images of a circle the second is another one while the LoRA is off at the first step, which so carries the loss."""
     seen = []
 
     def evaluated(pipe, args, steps, tuned_steps):
