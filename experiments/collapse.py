@@ -5,8 +5,8 @@
 Held-out images of each run's LoRA are drawn with it at all steps, with it switched off at one of them, and with it at the first
 few. Their score and variety stand beside what is left of place and colour: of right images of captions with one shape, the share of
 pairs of one caption's images that differ in the attribute, over what it is where all are equally frequent; captions weigh as their
-pairs. 1: all equally often, 0: always the same. A caption that names the colour has no colour to choose. Writes collapse.csv, about
-two minutes a run.
+pairs. 1: all equally often, 0: always the same. A caption that names the colour has no colour to choose. Writes collapse.csv; a run
+takes two or three minutes.
 """
 
 from collections import defaultdict
@@ -63,7 +63,7 @@ def rows_of(folder):
     args = evaluate.Args(lora=str(folder), device="cpu", dtype="float32")
     args.gradient_checkpointing = False
     pipe, steps = bookkeeping.load(args), range(args.steps)
-    for at in (tuple(steps), *([k for k in steps if k != off] for off in steps), *(steps[:first] for first in steps[1:])):
+    for at in (tuple(steps), *([k for k in steps if k != off] for off in steps), *(steps[:first] for first in steps[1:-1])):
         found = bookkeeping.evaluate(pipe, args, args.steps, at)
         by_attribute = attributes(found.looks, found.prompts, found.scores)
         yield dict(run=folder.name, lora_at=" ".join(str(k + 1) for k in at), **found.figures, **by_attribute)
