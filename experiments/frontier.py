@@ -3,7 +3,8 @@
     python -m experiments.frontier                                                    # table and figure of what is measured
     python -m experiments.frontier --lora runs/compare/full-gcpo-beta-0-23 runs/...   # adds the controls of these runs first
 
-Runs are those of `compare`'s settings `full`, `candidate` and `tuning-variety`, whose curves are in runs.csv. Controls are a run's
+Runs are those of `compare`'s settings `full`, `candidate` and `tuning-variety`, and beside them, by method, `six` and `old-default`
+without a KL; their curves are in runs.csv. Controls are a run's
 LoRA scaled down, left out of the last steps (evaluate.py --hybrid) or drawn with guidance, and the base model with guidance; they
 go to frontier.csv. The table compares at equal score: variety where a run first has it, between neighbouring evaluations in
 proportion; the least, the middle one and the most of the seeds that reach it. Description, no test. Writes frontier.csv and
@@ -30,7 +31,7 @@ import families
 import machine
 from experiments import compare
 
-RUNS = {  # name in the figure: setting and method in runs.csv
+BY_KL = {  # name in the figure: setting and method in runs.csv
     "beta 0, first three steps": ("full", "gcpo, beta 0, first three steps"),
     "beta 0": ("full", "gcpo, beta 0"),
     "beta 0.003": ("tuning-variety", "gcpo --sde flow --eta 0.7 --ode-steps 2 --beta 0.003 --iterations 130"),
@@ -38,6 +39,13 @@ RUNS = {  # name in the figure: setting and method in runs.csv
     "beta 0.02": ("candidate", "gcpo, beta 0.02"),
     "beta 0.03, the default": ("full", "gcpo"),
 }
+BY_METHOD = {
+    f"{script}, {steps} steps{weight}": ("six", f"{name}{weight}, {steps} steps")
+    for weight, steps in (("", 3), (" std2", 5)) for name, script in compare.SCRIPTS.items()
+} | {
+    "gcpo, 3 steps, 150 iterations": ("old-default", "gcpo"),
+    "the same, beta 0.03": ("old-default", "gcpo, beta 0.03"),
+}  # fmt: skip
 FOLDERS = {  # of LoRAs, without their seed: name in the figure; `default` is python gcpo.py --output-dir runs/default-0
     "full-gcpo-beta-0": "beta 0",
     "candidate-gcpo-beta-0.02": "beta 0.02",
@@ -113,21 +121,24 @@ def write(path, points):
 
 
 def draw(curves, points, path):
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colours = {name: f"C{i}" for i, name in enumerate(RUNS)}
-    for name, own in curves.items():
-        for n, curve in enumerate(own):  # (evaluations, 2) of score and variety
-            label = f"{name}, runs: {len(own)}" if n == 0 else None
-            axes.plot(curve[:, 1], curve[:, 0], "-", color=colours[name], linewidth=0.8, label=label)
-            axes.plot(*curve[-1, ::-1], "o", color=colours[name], markersize=5)
-    for begins, (mark, label) in MARKS.items():
-        for point in (point for point in points if point["control"].startswith(begins)):
-            colour = colours.get(FOLDERS.get(arm_of(point["run"])), "k")
-            axes.plot(point["variety"], point["score"], mark, color=colour, markersize=6)
-        axes.plot([], [], mark, color="k", label=label)
-    axes.set(xlabel="variety", ylabel="held-out score")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True, layout="constrained")
+    for axes, names, title in zip(
+        panels, (BY_KL, BY_METHOD), ("gcpo.py by its KL, kernel flow", "by method, kernel cps, no KL unless said")
+    ):
+        colours = {name: f"C{i}" for i, name in enumerate(names)}
+        for name in filter(curves.get, names):
+            for n, curve in enumerate(curves[name]):  # (evaluations, 2) of score and variety
+                label = f"{name}, runs: {len(curves[name])}" if n == 0 else None
+                axes.plot(curve[:, 1], curve[:, 0], "-", color=colours[name], linewidth=0.8, label=label)
+                axes.plot(*curve[-1, ::-1], "o", color=colours[name], markersize=5)
+        for begins, (mark, label) in MARKS.items() if names is BY_KL else ():
+            for point in (point for point in points if point["control"].startswith(begins)):
+                colour = colours.get(FOLDERS.get(arm_of(point["run"])), "k")
+                axes.plot(point["variety"], point["score"], mark, color=colour, markersize=6)
+            axes.plot([], [], mark, color="k", label=label)
+        axes.set(xlabel="variety", ylabel="held-out score", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     with bookkeeping.replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
@@ -144,14 +155,17 @@ if __name__ == "__main__":
         points = [point for point in points if point["run"] != name] + list(controls(folder))
         write(table, points)
     rows = compare.read_table(args.output_dir / "runs.csv")
-    found = {name: [row["curve"][:, 2:] for row in rows if (row["setting"], row["method"]) == of] for name, of in RUNS.items()}
+    found = {
+        name: [row["curve"][:, 2:] for row in rows if (row["setting"], row["method"]) == of]
+        for name, of in (BY_KL | BY_METHOD).items()
+    }
     curves = {name: own for name, own in found.items() if own}
     print("variety where the score is first reached, [least, middle, most] of the seeds that reach it")
     for name, own in curves.items():
         for score in SCORES:
             at = [v for v in (variety_at(curve, score) for curve in own) if not math.isnan(v)]
             low, middle, high = np.quantile(at, (0, 0.5, 1)) if at else (math.nan,) * 3
-            print(f"{name:28} score {score:.2f}: {len(at)} of {len(own)} seeds  [{low:.2f}, {middle:.2f}, {high:.2f}]")
+            print(f"{name:30} score {score:.2f}: {len(at)} of {len(own)} seeds  [{low:.2f}, {middle:.2f}, {high:.2f}]")
     grouped = defaultdict(list)  # by setting and flags, which are a folder's name without its seed
     for point in points:
         grouped[arm_of(point["run"]), point["control"]].append((point["score"], point["variety"]))
