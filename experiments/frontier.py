@@ -123,7 +123,7 @@ def write(path, points):
 def draw(curves, points, path):
     figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True, layout="constrained")
     for axes, names, title in zip(
-        panels, (BY_KL, BY_METHOD), ("gcpo.py by its KL, kernel flow", "by method, kernel cps, no KL unless said")
+        panels, (BY_KL, BY_METHOD), ("gcpo.py by its KL, kernel flow", "by method, kernel cps, 60 iterations and no KL unless said")
     ):
         colours = {name: f"C{i}" for i, name in enumerate(names)}
         for name in filter(curves.get, names):
