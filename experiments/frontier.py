@@ -138,7 +138,7 @@ def draw(curves, points, path):
             axes.plot([], [], mark, color="k", label=label)
         axes.set(xlabel="variety", ylabel="held-out score", title=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower left")
     with bookkeeping.replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
