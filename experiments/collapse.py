@@ -71,6 +71,8 @@ def rows_of(folder):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if not args.runs:
+        machine.fail("name the folders of runs, such as runs/compare/full-gcpo-beta-0-23")
     for folder in args.runs:
         if not (folder / families.LORA_FILE).exists():
             machine.fail(f"{folder} is not the folder of a run: it has no {families.LORA_FILE}")

@@ -3,12 +3,11 @@
     python -m experiments.frontier                                                    # table and figure of what is measured
     python -m experiments.frontier --lora runs/compare/full-gcpo-beta-0-23 runs/...   # adds the controls of these runs first
 
-Runs are those of `compare`'s settings `full`, `candidate` and `tuning-variety`, and beside them, by method, `six` and `old-default`
-without a KL; their curves are in runs.csv. Controls are a run's
-LoRA scaled down, left out of the last steps (evaluate.py --hybrid) or drawn with guidance, and the base model with guidance; they
-go to frontier.csv. The table compares at equal score: variety where a run first has it, between neighbouring evaluations in
-proportion; the least, the middle one and the most of the seeds that reach it. Description, no test. Writes frontier.csv and
-frontier.png.
+Runs are those of `compare`'s settings `full`, `candidate` and `tuning-variety`, and beside them, by method, of `six` and
+`old-default`; their curves are in runs.csv. Controls are a run's LoRA scaled down, left out of the last steps (evaluate.py
+--hybrid) or drawn with guidance, and the base model with guidance; they go to frontier.csv. The table compares at equal score:
+variety where a run first has it, between neighbouring evaluations in proportion; the least, the middle one and the most of the
+seeds that reach it. Description, no test. Writes frontier.csv and frontier.png.
 """
 
 import csv
@@ -46,6 +45,7 @@ BY_METHOD = {
     "gcpo, 3 steps, 150 iterations": ("old-default", "gcpo"),
     "the same, beta 0.03": ("old-default", "gcpo, beta 0.03"),
 }  # fmt: skip
+PANELS = {"gcpo.py by its KL, kernel flow": BY_KL, "by method, kernel cps, 60 iterations and no KL unless said": BY_METHOD}
 FOLDERS = {  # of LoRAs, without their seed: name in the figure; `default` is python gcpo.py --output-dir runs/default-0
     "full-gcpo-beta-0": "beta 0",
     "candidate-gcpo-beta-0.02": "beta 0.02",
@@ -116,15 +116,14 @@ def read(path):
 
 
 def write(path, points):
+    """A table of points, their figures with four digits."""
     text = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in point.items()} for point in points]
     compare.write_table(path, text)
 
 
 def draw(curves, points, path):
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True, layout="constrained")
-    for axes, names, title in zip(
-        panels, (BY_KL, BY_METHOD), ("gcpo.py by its KL, kernel flow", "by method, kernel cps, 60 iterations and no KL unless said")
-    ):
+    figure, halves = plt.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True, layout="constrained")
+    for axes, (title, names) in zip(halves, PANELS.items()):
         colours = {name: f"C{i}" for i, name in enumerate(names)}
         for name in filter(curves.get, names):
             for n, curve in enumerate(curves[name]):  # (evaluations, 2) of score and variety
