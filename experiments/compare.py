@@ -150,6 +150,16 @@ SETTINGS = {
         f"{arm} --clip {clip}": f"{arm} --lr {rate} --clip {clip}"
         for arm, (rate, _) in TUNED.items() for clip in ("1.5e-4", "3e-4", "6e-4")
     }),
+    "tuning-17-stepwise": Setting("T = 17, what else may raise Stepwise", (100, 101), f"{LENGTH_17} {CPS} --lr 2e-3 --clip 3e-4", {
+        flags: f"stepwise_grpo {flags}" for flags in (
+            "--substeps 3",
+            "--step-weights std2 --lr 1e-3",
+            "--step-weights guard",
+            "--updates 4",
+            "--prompts 4 --group-size 16",
+            "--eta 0.5",
+        )
+    }),
     "mechanism": Setting("T = 17, all steps but the last trained", range(20, 30), f"{LENGTH_17} {CPS}", {
         "grpo": "grpo" + GRPO,
         "grpo std2": "grpo --step-weights std2" + GRPO_STD2,
@@ -196,7 +206,7 @@ SETTINGS = {
 # Planned before the runs: {setting: [(method, against, what is claimed)]}. A setting that is not here tests each method, and every
 # setting someone's own, against its first.
 CONTRASTS = {
-    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "candidate": [], "frontier": [], "hacking": [],
+    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "tuning-17-stepwise": [], "candidate": [], "frontier": [], "hacking": [],
     "full": [("gcpo, beta 0", "gcpo", "differs"), ("gcpo, beta 0, first three steps", "gcpo, beta 0", "differs")],
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
