@@ -206,7 +206,8 @@ SETTINGS = {
 # Planned before the runs: {setting: [(method, against, what is claimed)]}. A setting that is not here tests each method, and every
 # setting someone's own, against its first.
 CONTRASTS = {
-    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "tuning-17-stepwise": [], "candidate": [], "frontier": [], "hacking": [],
+    "tuning": [], "tuning-variety": [], "tuning-17": [], "tuning-17-clip": [], "tuning-17-stepwise": [],
+    "candidate": [], "frontier": [], "hacking": [],
     "full": [("gcpo, beta 0", "gcpo", "differs"), ("gcpo, beta 0, first three steps", "gcpo, beta 0", "differs")],
     "mechanism": [
         ("grpo std2", "grpo", "differs"),  # weights of steps
