@@ -158,6 +158,8 @@ SETTINGS = {
             "--updates 4",
             "--prompts 4 --group-size 16",
             "--eta 0.5",
+            "--ode-steps 5",
+            "--sde flow --eta 0.5 --substeps 3",
         )
     }),
     "mechanism": Setting("T = 17, all steps but the last trained", range(20, 30), f"{LENGTH_17} {CPS}", {
