@@ -160,6 +160,8 @@ SETTINGS = {
             "--eta 0.5",
             "--ode-steps 5",
             "--sde flow --eta 0.5 --substeps 3",
+            "--prompts 16 --group-size 4",
+            "--prompts 32 --group-size 2",
         )
     }),
     "mechanism": Setting("T = 17, all steps but the last trained", range(20, 30), f"{LENGTH_17} {CPS}", {
