@@ -179,6 +179,7 @@ SETTINGS = {
         "stepwise, mean per step, iteration's std": "stepwise_lambda --mean step --std iteration" + STEPWISE,
         "stepwise, lambda 1, mean per step, iteration's std": "stepwise_lambda --lam 1 --mean step --std iteration" + STEPWISE,
         "stepwise, noise put back": "stepwise_noise" + STEPWISE,
+        "stepwise, T' = 3": "stepwise_grpo --substeps 3" + STEPWISE,
         "gcpo, one chunk": "gcpo --chunk-size 16" + GCPO,
         "grpo, one update": "grpo --updates 1" + GRPO,
         "gcpo, one update": "gcpo --max-chunk 4 --updates 1" + GCPO,
@@ -227,6 +228,7 @@ CONTRASTS = {
         ("stepwise", "stepwise, mean per step, iteration's std", "differs"),
         ("stepwise, noise put back", "stepwise", "differs"),  # noise as the cause
         ("stepwise std2", "grpo std2", "differs"),  # credit beyond weights
+        ("stepwise, T' = 3", "stepwise", "differs"),  # better estimates
         ("gcpo, one chunk", "grpo", "differs"),  # long equal chunks, and without the clip
         ("gcpo, one chunk, one update", "grpo, one update", "same"),
         ("gcpo, one update", "grpo, one update", "differs"),
