@@ -182,6 +182,7 @@ SETTINGS = {
         "stepwise, T' = 3": "stepwise_grpo --substeps 3" + STEPWISE,
         "gcpo, one chunk": "gcpo --chunk-size 16" + GCPO,
         "grpo, half the clip": "grpo --lr 2e-3 --clip 1.5e-4",
+        "grpo std2, half the clip": "grpo --step-weights std2 --lr 2e-3 --clip 1.5e-4",
         "grpo, one update": "grpo --updates 1" + GRPO,
         "gcpo, one update": "gcpo --max-chunk 4 --updates 1" + GCPO,
         "gcpo, one chunk, one update": "gcpo --chunk-size 16 --updates 1" + GCPO,
@@ -231,6 +232,7 @@ CONTRASTS = {
         ("stepwise std2", "grpo std2", "differs"),  # credit beyond weights
         ("stepwise, T' = 3", "stepwise", "differs"),  # better estimates
         ("stepwise", "grpo, half the clip", "differs"),  # against GRPO at the clip that was best for it on the tuning seed
+        ("stepwise", "grpo std2, half the clip", "differs"),  # and with weights too
         ("gcpo, one chunk", "grpo", "differs"),  # long equal chunks, and without the clip
         ("gcpo, one chunk, one update", "grpo, one update", "same"),
         ("gcpo, one update", "grpo, one update", "differs"),
