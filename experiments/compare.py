@@ -62,7 +62,8 @@ class Setting(NamedTuple):
     """{name: script or variant and its own flags, which come later and win}; differences are drawn from the first"""
 
 
-# At T = 17 every arm has the learning rate that `tuning-17` favours for it, and the clip of T = 6 until `tuning-17-clip` is run
+# At T = 17: the learning rate that `tuning-17` favours, and the clip of T = 6. For the first two `tuning-17-clip` favours half of
+# it, with which `mechanism` has arms of their own.
 TUNED = {
     "grpo": ("2e-3", "3e-4"),
     "grpo --step-weights std2": ("2e-3", "3e-4"),

@@ -44,6 +44,7 @@ ARMS = {  # methods of the measurement: arms of compare.py's setting `mechanism`
     "Stepwise, step mean, iteration std, T' = 1": "stepwise, mean per step, iteration's std",
     "R - R_k, T' = 1": "stepwise, lambda 1, mean per step, iteration's std",
     "Stepwise, noise put back, T' = 1": "stepwise, noise put back",
+    "Stepwise, T' = 3": "stepwise, T' = 3",
     "GCPO, one chunk": "gcpo, one chunk",
 }
 

@@ -450,7 +450,7 @@ def test_a_run_writes_its_files_and_takes_settings_and_optimizer_of_a_lora(folde
     assert {row["quantity"] for row in rows} == {*estimates.CREDIT, *estimates.GRADIENT, "share of noise"}
     methods = {row["method"] for row in rows}
     assert {"GRPO", "GRPO, std2", "GCPO, adaptive", "Stepwise, T' = 1", "R - R_k, T' = 1", "true advantage"} <= methods
-    assert {*credit_pictures.SHOWN, *credit_pictures.ARMS} <= methods
+    assert {*credit_pictures.SHOWN, *credit_pictures.ARMS} - methods == {"Stepwise, T' = 3"}  # SMALL measures T' = 1 alone
     assert {*credit_pictures.ARMS.values()} <= {*compare.SETTINGS["mechanism"].methods}
     constructed = {row["method"] for row in rows if row["by_construction"] and row["quantity"] == "cosine of expectation"}
     assert {"GRPO", "R - V(x_k)", "true advantage"} <= constructed and not {"GRPO, std2", "Stepwise, T' = 1"} & constructed
